@@ -1,0 +1,46 @@
+"""Package metadata; the tools' settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TEST = ["pytest>=8", "hypothesis>=6"]
+ORACLE = ["torch==2.13.0", "transformers==5.23.0"]
+GCS = ["etils[epath-gcs]"]
+
+setup(
+    name="qwen35_jax",
+    version="0.1.0",
+    description="Qwen3.5 in JAX: from a Hugging Face checkpoint to text on TPU, GPU and CPU meshes",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["qwen35_jax", "qwen35_jax.*"]),
+    package_data={"qwen35_jax": ["assets/tiny/*", "text/*.jinja"]},
+    install_requires=[
+        "absl-py",
+        "etils[epath]",
+        "flax>=0.12.8",
+        "huggingface_hub",
+        "jax>=0.10.2",
+        "jinja2",
+        "ml_dtypes",
+        "numpy>=2",
+        "orbax-checkpoint>=0.12.8",
+        "tokenizers",
+        "tqdm",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]", *GCS],
+        "cuda": ["jax[cuda13]"],
+        "gcs": GCS,
+        "test": TEST,
+        # The comparison with transformers (tests/oracle).
+        "oracle": ORACLE,
+        # The TPU and GPU compilers without CUDA's own libraries: enough to compile, not to run (tests/aot).
+        "aot": ["jax[tpu,cuda13-local]"],
+        "dev": [*TEST, *ORACLE, "pre-commit", "ruff==0.17.6"],
+    },
+)

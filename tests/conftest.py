@@ -1,0 +1,45 @@
+"""Every test sees eight virtual CPU devices and shares one compilation cache; --only-skips makes other skips fail."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--only-skips", metavar="REGEX", help="a skip whose reason does not match REGEX is a failure")
+
+
+def pytest_configure(config):
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _refuse_skip(config, report):
+    allowed = config.getoption("--only-skips")
+    if allowed is None or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not re.search(allowed, reason):
+        report.outcome, report.longrepr = "failed", f"skipped where it must run: {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    _refuse_skip(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector):
+    report = yield
+    _refuse_skip(collector.config, report)
+    return report
