@@ -18,17 +18,19 @@ KINDS = (
 )
 # `%name = SHAPE kind(` with a plain or a tuple shape. `-start` is the asynchronous form; its `-done` is not counted.
 # Collectives wrapped in an async-start or fused by the TPU compiler stand in a computation of their own, counted once.
-_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ({'|'.join(KINDS)})(?:-start)?\(")
+_INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\})")
+# Three spellings of who talks to whom: [groups,size]<=..., {{0,1},{2,3}}, mesh['data'=2,'model'=4] {'data'}
+_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
+_AXIS = re.compile(r"'(\w+)'=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One instruction. `bytes` is the size, on one device, of the largest array it takes or gives (its own signature
-    holds only the result, so for an all-gather that is what was gathered); `group` the number of devices that talk to
-    each other, 0 where HLO does not say (permutes); `computation` the function of the program that it stands in."""
+    """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
+    reduce-scatter takes; of several arrays in one instruction the largest. `group` is the number of devices that talk to
+    each other, 0 where HLO does not say (permutes); `computation` the function of the program in which it stands."""
 
     kind: str
     bytes: int
@@ -44,16 +46,19 @@ def _bits(dtype: str) -> int:
     return int(match.group()) if match else 0  # token, opaque
 
 
-def _array_bytes(shape: str) -> int:
-    sizes = [_bits(dtype) * math.prod(int(d.lstrip("<=")) for d in dims.split(",") if d) for dtype, dims in _ARRAY.findall(shape)]
-    return max(sizes, default=0) // 8
+def _largest_array(shape: str) -> int:
+    arrays = [(_bits(dtype), dims.split(",")) for dtype, dims in _ARRAY.findall(shape)]
+    return max((bits * math.prod(int(d.lstrip("<=")) for d in dims if d) for bits, dims in arrays), default=0) // 8
 
 
 def _group(line: str) -> int:
     match = _GROUPS.search(line)
     if not match:
         return 0
-    return int(match.group(1)) if match.group(1) else len(match.group(2).split(","))
+    size, members, mesh, axes = match.groups()
+    if mesh is not None:
+        return math.prod(int(n) for axis, n in _AXIS.findall(mesh) if f"'{axis}'" in axes)
+    return int(size) if size else len(members.split(","))
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -63,8 +68,11 @@ def collectives(hlo: str) -> list[Collective]:
         if header := _COMPUTATION.match(line):
             computation = header.group(1)
         elif match := _INSTRUCTION.match(line):
-            shape, kind = match.groups()
-            found.append(Collective(kind, _array_bytes(shape), _group(line), computation, line.strip()))
+            shape, kind, start = match.groups()
+            size, group = _largest_array(shape), _group(line)
+            if kind == "reduce-scatter" and not start:  # its signature shows the result; the asynchronous form both
+                size *= group
+            found.append(Collective(kind, size, group, computation, line.strip()))
     return found
 
 

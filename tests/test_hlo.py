@@ -1,0 +1,67 @@
+"""The reader of collectives must see every one: a silent all-gather would otherwise pass the tests that forbid it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tests import hlo
+
+
+def _mesh():
+    return Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def test_explicit_collectives():
+    def body(x):
+        x = jax.lax.all_gather(x, "model", axis=0, tiled=True)
+        x = jax.lax.psum_scatter(x * 2, "model", scatter_dimension=0, tiled=True)
+        x = jax.lax.all_to_all(x, "data", 0, 1, tiled=True)
+        x = jax.lax.ppermute(x, "model", [(i, (i + 1) % 4) for i in range(4)])
+        return jax.lax.psum(x, ("data", "model"))
+
+    step = jax.jit(jax.shard_map(body, mesh=_mesh(), in_specs=P("model"), out_specs=P(), check_vma=False))
+    text = step.lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text()
+    whole, part = 64 * 32 * 4, 16 * 32 * 4
+    found = {c.kind: (c.bytes, c.group) for c in hlo.collectives(text)}
+    assert found == {
+        "all-gather": (whole, 4),
+        "reduce-scatter": (whole, 4),
+        "all-to-all": (found["all-to-all"][0], 2),  # the CPU splits it into a tuple of pieces
+        "collective-permute": (part, 0),
+        "all-reduce": (part, 8),
+    }
+    assert hlo.counts(text, min_bytes=whole) == {"all-gather": 1, "reduce-scatter": 1}
+
+
+def test_partitioner_collectives_in_a_loop():
+    mesh = _mesh()
+    x = jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, P("data")))
+    w = jax.ShapeDtypeStruct((3, 16, 16), jnp.float32, sharding=NamedSharding(mesh, P(None, "model", None)))
+    text = jax.jit(lambda x, w: jax.lax.scan(lambda c, u: (c @ u, None), x, w)[0]).lower(x, w).compile().as_text()
+    assert {c.kind for c in hlo.collectives(text)} >= {"all-reduce"}
+    assert all(c.group == 4 for c in hlo.collectives(text))
+
+
+def test_asynchronous_forms():
+    text = """
+%async_computation (p: bf16[4,8]) -> bf16[8,8] {
+  ROOT %rs = bf16[2,8]{1,0} reduce-scatter(%p), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+ENTRY %main.5_spmd (p: bf16[4,8]) -> bf16[8,8] {
+  %a = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/bf16[8,8]{1,0}) all-gather-start(%p), replica_groups=[1,2]<=[2]
+  %b = bf16[8,8]{1,0} all-gather-done(%a), metadata={op_name="jit(f)/all-gather(x)"}
+  %c = f8e4m3fn[16]{0} all-reduce-start(%q), replica_groups=mesh['data'=2,'model'=4] {'data','model'}
+  ROOT %d = bf16[8,8]{1,0} fusion(%b, %all-reduce.3), kind=kLoop
+}
+"""
+    found = [(c.kind, c.bytes, c.group, c.computation) for c in hlo.collectives(text)]
+    assert found == [
+        ("reduce-scatter", 64, 2, "async_computation"),
+        ("all-gather", 128, 2, "main.5_spmd"),
+        ("all-reduce", 16, 8, "main.5_spmd"),
+    ]
