@@ -29,8 +29,8 @@ _AXIS = re.compile(r"'(\w+)'=(\d+)")
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
-    reduce-scatter takes; of several arrays in one instruction the largest. `group` is the number of devices that talk to
-    each other, 0 where HLO does not say (permutes); `computation` the function of the program in which it stands."""
+    reduce-scatter takes; of several arrays in one instruction the largest. `group` is the number of devices that talk
+    to each other, 0 where HLO does not say (permutes); `computation` the function in which it stands."""
 
     kind: str
     bytes: int
