@@ -1,0 +1,26 @@
+"""The product of rows, sorted by group, each group with a weight of its own: the experts' matrices."""
+
+from __future__ import annotations
+
+import jax
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.fp8 import Fp8Weight
+from qwen35_jax.ops.grouped_linear.reference import grouped_linear_reference
+from qwen35_jax.ops.grouped_linear.xla import grouped_linear_xla
+
+__all__ = ["grouped_linear", "grouped_linear_reference"]
+
+
+def grouped_linear(
+    x: jax.Array, w: jax.Array | Fp8Weight, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """Row r of group e, x[r] times w[e]. Rows are sorted by group; the first group_sizes[0] rows belong to group 0, ...
+
+    x [R, *in]; w [E, *in, *out] or an `Fp8Weight` of that shape; group_sizes [E] int32 with sum <= R. Returns [R, *out] in x's
+    dtype, float32 accumulation; rows beyond the groups are zero and cost nothing. Differentiable in x, and in w where it is
+    an array. Sees one device's shard.
+    """
+    if implementation not in (None, "xla"):
+        raise UserError(f"grouped_linear has no {implementation!r} implementation; choose xla")
+    return grouped_linear_xla(x, w, group_sizes)
