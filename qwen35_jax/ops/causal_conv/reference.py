@@ -1,0 +1,28 @@
+"""The convolution one token at a time: slow, obvious, in the widest dtype of its inputs (at least fp32)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qwen35_jax.ops.segments import segment_index
+
+
+def causal_conv1d(x, w, *, state=None, segment_ids=None, activation="silu"):
+    """As `ops.causal_conv.causal_conv1d`, on any dtype; y comes in the dtype of the computation."""
+    batch, time = x.shape[:2]
+    width = w.shape[-1]
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    window = jnp.zeros((batch, width - 1, *x.shape[2:]), dtype) if state is None else state.astype(dtype)
+    ids = jnp.ones((batch, time), jnp.int32) if segment_ids is None else segment_ids
+    index = segment_index(ids)
+    per_row = (slice(None),) + (None,) * (x.ndim - 1)
+    y = []
+    for t in range(time):
+        restart = index[:, t] != (index[:, t - 1] if t else 0)
+        window = jnp.where(restart[per_row], 0, window)
+        seen = jnp.concatenate([window, x[:, t : t + 1].astype(dtype)], axis=1)
+        y.append(jnp.sum(seen * jnp.moveaxis(w, -1, 0).astype(dtype), axis=1))
+        window = jnp.where((ids[:, t] != 0)[per_row], seen[:, 1:], window)
+    y = jnp.stack(y, axis=1)
+    return jax.nn.silu(y) if activation == "silu" else y, window
