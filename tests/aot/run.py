@@ -1,0 +1,85 @@
+"""Compiles one step of the model for devices that are not there and prints what the compiler says, as one line of JSON.
+
+    python -m tests.aot.run '{"target": "v5e", "mesh": "2x4", "model": "0.8b", "step": "decode"}'
+
+One compilation a process: the compilers keep state, one that crashes takes its process along, and the TPU compiler wants
+its settings in the environment before JAX is imported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.generate.steps import Program, make_decode, make_prefill
+from qwen35_jax.model import Model
+from qwen35_jax.ops.forms import resolve_forms
+from qwen35_jax.sharding import Sharding, make_mesh
+from tests import hlo
+from tests.aot.devices import target_devices
+
+SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One step of one model on one mesh. `rows` sequences of at most `capacity` tokens; prefill takes `length` of each.
+    `layers` cuts the model (0: whole), `fp8` keeps FP8 weights."""
+
+    target: str
+    mesh: str
+    model: str
+    step: str
+    rows: int = 8
+    length: int = 512
+    capacity: int = 4096
+    layers: int = 0
+    fp8: bool = False
+
+
+def make_program(case: Case) -> Program:
+    config = ModelConfig.preset(case.model).replace(fp8_weights=case.fp8)
+    if case.layers:
+        config = config.replace(num_hidden_layers=case.layers)
+    mesh = make_mesh(case.mesh, target_devices(case.target))
+    model = Model(config, Sharding(mesh), resolve_forms(mesh))
+    if case.step == "decode":
+        return make_decode(model, case.rows, case.capacity, config.vocab_size)
+    return make_prefill(model, case.rows, case.rows, case.length, case.capacity)
+
+
+def compile_case(case: Case) -> dict:
+    """Seconds, bytes per device and collectives of the compiled step."""
+    start = time.perf_counter()
+    lowered = make_program(case).lower()
+    lowering = time.perf_counter() - start
+    compiled = lowered.compile()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "lower_seconds": round(lowering, 1),
+        "compile_seconds": round(time.perf_counter() - start - lowering, 1),
+        "argument_bytes": memory.argument_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "total_bytes": used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "collectives": [[c.kind, c.bytes, c.group, c.computation] for c in hlo.collectives(text)],
+    }
+
+
+def compile_elsewhere(case: Case, timeout: float) -> dict:
+    """`compile_case` in a process of its own; AssertionError with the end of its errors if it fails."""
+    command = [sys.executable, "-m", "tests.aot.run", json.dumps(dataclasses.asdict(case))]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, f"{case} did not compile:\n{done.stderr[-4000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_case(Case(**json.loads(sys.argv[1])))))
