@@ -1,0 +1,28 @@
+"""Text in and out: tokenizer, chat template, streaming, and the sampling settings that come with a checkpoint."""
+
+from qwen35_jax.text.chat_template import ChatTemplate, built_in_template
+from qwen35_jax.text.generation_config import (
+    SAMPLING_PRESETS,
+    GenerationConfig,
+    SamplingPreset,
+    read_generation_config,
+    sampling_preset,
+)
+from qwen35_jax.text.messages import normalise_messages, normalise_tools
+from qwen35_jax.text.streaming import StopStrings, StreamDecoder
+from qwen35_jax.text.tokenizer import Tokenizer
+
+__all__ = [
+    "SAMPLING_PRESETS",
+    "ChatTemplate",
+    "GenerationConfig",
+    "SamplingPreset",
+    "StopStrings",
+    "StreamDecoder",
+    "Tokenizer",
+    "built_in_template",
+    "normalise_messages",
+    "normalise_tools",
+    "read_generation_config",
+    "sampling_preset",
+]
