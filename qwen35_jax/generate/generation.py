@@ -1,0 +1,205 @@
+"""A batch of prompts through the compiled steps: prefill in buckets, decode on the device, tokens handed to the caller as they come."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.generate import steps
+from qwen35_jax.generate.sampling import SamplingParams, control_arrays
+from qwen35_jax.model import Model
+
+SMALLEST_BUCKET = 64
+# A streaming caller gets tokens at least this often (seconds), as soon as the speed is known.
+STREAM_INTERVAL = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt, already token ids, and what to do with it."""
+
+    tokens: list[int]
+    max_new_tokens: int
+    sampling: SamplingParams
+    end_tokens: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds and tokens of one batch. Compilation is not in them."""
+
+    prefill_seconds: float = 0.0
+    prefill_tokens: int = 0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+
+
+def prompt_buckets(length: int, chunk: int) -> list[int]:
+    """Lengths of the prefill calls that cover `length` tokens: whole chunks, then the smallest power of two that holds the rest.
+
+    Few distinct lengths mean few compilations: powers of two from 64, and `chunk`.
+    """
+    full, rest = divmod(length, chunk)
+    if not rest:
+        return [chunk] * full
+    bucket = SMALLEST_BUCKET
+    while bucket < rest:
+        bucket *= 2
+    return [chunk] * full + [min(bucket, chunk)]
+
+
+def capacity_bucket(tokens: int) -> int:
+    """Cache length for `tokens`: four sizes an octave, so at most a quarter is spare."""
+    step = SMALLEST_BUCKET
+    while step * 8 < tokens:
+        step *= 2
+    return -(-tokens // step) * step
+
+
+def slot_bucket(rows: int, shards: int) -> int:
+    """Slots for `rows` prompts: the same power of two on each data shard; what is left over are dead rows."""
+    each = 1
+    while each * shards < rows:
+        each *= 2
+    return each * shards
+
+
+class Programs:
+    """Compiled steps by shape. Compiles each once, and counts how many and how long."""
+
+    def __init__(self, model: Model, params: dict, vocabulary: int):
+        self.model, self.params, self.vocabulary = model, params, vocabulary
+        self.compiled: dict[tuple, Callable] = {}
+        self.seconds = 0.0
+
+    def get(self, make: Callable[..., steps.Program], *shape, **options) -> Callable:
+        """The compiled `make(model, *shape, **options)`; host arrays passed to it are placed as it expects them."""
+        key = (make, shape, tuple(options.items()))
+        if key not in self.compiled:
+            begin = time.perf_counter()
+            stacked = not isinstance(self.params["units"], tuple)
+            options = options if make is steps.make_empty else options | {"stacked": stacked}
+            program = make(self.model, *shape, **options)
+            self.compiled[key] = _placing(program.compile(), program.arguments)
+            self.seconds += time.perf_counter() - begin
+        return self.compiled[key]
+
+
+def _placing(compiled: Callable, arguments: tuple) -> Callable:
+    def put(x, like):
+        if not isinstance(x, jax.Array):
+            # From each process the parts that its own devices hold.
+            x = np.asarray(x, like.dtype)
+            return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+        return x
+
+    return lambda *args: compiled(*(jax.tree.map(put, a, like) for a, like in zip(args, arguments, strict=True)))
+
+
+class Generation:
+    """One batch on its way: `prefill()`, then `decode()` until `finished`. Tokens come as [row, tokens] pairs."""
+
+    def __init__(self, programs: Programs, requests: list[Request], prefill_chunk: int):
+        if not requests:
+            raise UserError("no prompt: give at least one")
+        self.programs, self.requests, self.timing = programs, requests, Timing()
+        sharding = programs.model.sharding
+        lengths = [len(r.tokens) for r in requests]
+        self.chunks = prompt_buckets(max(lengths), prefill_chunk)
+        self.slots = slot_bucket(len(requests), sharding.batch)
+        longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
+        self.capacity = capacity_bucket(max(longest, sum(self.chunks)))
+        self.controls = self._controls()
+        self.alive = np.arange(self.slots) < len(requests)
+        self.seconds_per_token: float | None = None
+        self.session: dict | None = None
+
+    def _controls(self) -> dict[str, np.ndarray]:
+        dead = Request([], 0, SamplingParams(temperature=0.0))
+        rows = self.requests + [dead] * (self.slots - len(self.requests))
+        ends = np.full((self.slots, steps.MAX_END_TOKENS), -1, np.int32)
+        for i, row in enumerate(rows):
+            if len(row.end_tokens) > steps.MAX_END_TOKENS:
+                raise UserError(f"{len(row.end_tokens)} end tokens; at most {steps.MAX_END_TOKENS} are possible")
+            ends[i, : len(row.end_tokens)] = row.end_tokens
+        return control_arrays([r.sampling for r in rows]) | {
+            "max_new_tokens": np.array([r.max_new_tokens for r in rows], np.int32),
+            "end_tokens": ends,
+            "stop": np.zeros(self.slots, bool),
+        }
+
+    def warm(self) -> None:
+        """Compiles every step that this batch needs."""
+        for length in sorted(set(self.chunks)):
+            self._program(steps.make_prefill, self.slots, length)
+        self._program(steps.make_empty)
+        self._program(steps.make_first)
+        self._program(steps.make_decode)
+
+    def _program(self, make: Callable, *extra: int) -> Callable:
+        vocabulary = () if make in (steps.make_empty, steps.make_prefill) else (self.programs.vocabulary,)
+        return self.programs.get(make, self.slots, *extra, self.capacity, *vocabulary)
+
+    def prefill(self) -> Iterator[tuple[int, list[int]]]:
+        """Reads the prompts and yields the first token of each row."""
+        self.warm()
+        begin = time.perf_counter()
+        self.session = self._program(steps.make_empty)()
+        shard_slots = self.slots // self.programs.model.sharding.batch
+        slot_ids = np.arange(self.slots, dtype=np.int32) % shard_slots
+        params, offset = self.programs.params, 0
+        for length in self.chunks:
+            tokens, count = np.zeros((self.slots, length), np.int32), np.zeros(self.slots, np.int32)
+            for i, request in enumerate(self.requests):
+                piece = request.tokens[offset : offset + length]
+                tokens[i, : len(piece)], count[i] = piece, len(piece)
+            prefill = self._program(steps.make_prefill, self.slots, length)
+            self.session = prefill(params, self.session, tokens, count, slot_ids)
+            offset += length
+        first = self._program(steps.make_first)
+        self.session, chosen = first(params, self.session, self.controls, self.alive)
+        chosen = np.asarray(chosen)
+        self.timing.prefill_seconds += time.perf_counter() - begin
+        self.timing.prefill_tokens += sum(len(r.tokens) for r in self.requests)
+        self._note_done()
+        yield from ((i, [int(chosen[i])]) for i in range(len(self.requests)))
+
+    def decode(self, streaming: bool) -> Iterator[tuple[int, list[int]]]:
+        """Runs the loop on the device once and yields what each live row said."""
+        count = self._steps() if streaming else steps.MAX_STEPS
+        begin = time.perf_counter()
+        decode = self._program(steps.make_decode)
+        self.session, tokens = decode(self.programs.params, self.session, self.controls, np.int32(count))
+        tokens = np.asarray(tokens)
+        elapsed = time.perf_counter() - begin
+        done = int(np.max(np.sum(tokens >= 0, axis=1)))
+        self.seconds_per_token = elapsed / max(done, 1)
+        self.timing.decode_seconds += elapsed
+        self.timing.decode_tokens += int(np.sum(tokens >= 0))
+        self._note_done()
+        for i in range(len(self.requests)):
+            row = [int(t) for t in tokens[i] if t >= 0]
+            if row:
+                yield i, row
+
+    def _steps(self) -> int:
+        if self.seconds_per_token is None:
+            return 1
+        return int(np.clip(STREAM_INTERVAL / self.seconds_per_token, 1, steps.MAX_STEPS))
+
+    def _note_done(self) -> None:
+        self.alive = ~np.asarray(self.session["done"])
+
+    def stop(self, row: int) -> None:
+        """Ends a row from outside (a stop string was found); its next tokens are not computed."""
+        self.controls["stop"][row] = True
+        self.alive[row] = False
+
+    @property
+    def finished(self) -> bool:
+        return not self.alive.any()

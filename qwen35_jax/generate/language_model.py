@@ -1,0 +1,268 @@
+"""`load` and `LanguageModel`: the Python door to a model with its weights, tokenizer and chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.generate import steps
+from qwen35_jax.generate.generation import Generation, Programs, Request, Timing, prompt_buckets, slot_bucket
+from qwen35_jax.generate.sampling import SamplingParams
+from qwen35_jax.model import Model
+from qwen35_jax.text import (
+    ChatTemplate,
+    GenerationConfig,
+    StopStrings,
+    StreamDecoder,
+    Tokenizer,
+    sampling_preset,
+)
+
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """One answer. `token_ids` includes the end token; `text` neither it nor a stop string. finish_reason: stop | length."""
+
+    prompt_token_ids: list[int]
+    token_ids: list[int]
+    text: str
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """New text (perhaps "") and tokens of prompt `index`; `finish_reason` is set on the last piece."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+
+
+class LanguageModel:
+    """A loaded model. Made by `qwen35_jax.load`; `params` is the parameter tree on the devices."""
+
+    def __init__(
+        self,
+        model: Model,
+        params: dict,
+        tokenizer: Tokenizer | None = None,
+        template: ChatTemplate | None = None,
+        defaults: GenerationConfig | None = None,
+        *,
+        random_weights: bool = False,
+        load_seconds: float = 0.0,
+    ):
+        self.model, self.params, self.tokenizer, self.template = model, params, tokenizer, template
+        self.defaults = defaults or GenerationConfig()
+        self.random_weights, self.load_seconds = random_weights, load_seconds
+        self.config: ModelConfig = model.config
+        self.vocabulary = min(tokenizer.vocab_size, self.config.vocab_size) if tokenizer else self.config.vocab_size
+        self.programs = Programs(model, params, self.vocabulary)
+        self.timing = Timing()
+        self.state_bytes = 0
+
+    def logits(self, token_ids, *, segment_ids=None, layers: bool = False):
+        """Next-token logits.
+
+        Args:
+            token_ids: int [B, T].
+            segment_ids: int [B, T], non-decreasing, 0 = padding at the end: packed documents, each its own. Default: all 1.
+            layers: also return the residual stream after the embedding and after each layer.
+
+        Returns float32 [B, T, vocab_size] (with `layers`: and [layers + 1, B, T, D]).
+        """
+        tokens = np.asarray(token_ids)
+        if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
+            raise UserError(f"token_ids must be whole numbers of shape [B, T], not {tokens.dtype} {list(tokens.shape)}")
+        self._check_ids(tokens)
+        segments = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
+        if segments.shape != tokens.shape:
+            raise UserError(f"segment_ids {list(segments.shape)} and token_ids {list(tokens.shape)} must have one shape")
+        (b, t), shards = tokens.shape, self.model.sharding.batch
+        rows, length = slot_bucket(b, shards), sum(prompt_buckets(t, 4096))
+        pad = ((0, rows - b), (0, length - t))
+        program = self.programs.get(steps.make_logits, rows, length, layers=layers)
+        result = program(self.params, np.pad(tokens, pad), np.pad(segments, pad))
+        if layers:
+            return result[0][:b, :t], result[1][:, :b, :t]
+        return result[:b, :t]
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
+        """Completions of `prompts`: strings (raw text), lists of token ids, or chats (lists of role/content dicts).
+
+        Options are those of `stream`.
+        """
+        chosen = self._prompts(prompts)
+        ids = [self.encode(p, **_template_options(options)) for p in chosen]
+        texts, tokens, reasons = [""] * len(ids), [[] for _ in ids], ["length"] * len(ids)
+        for piece in self._run(ids, streaming=False, **_without_template_options(options)):
+            texts[piece.index] += piece.text
+            tokens[piece.index] += piece.token_ids
+            reasons[piece.index] = piece.finish_reason or reasons[piece.index]
+        return [Completion(*parts) for parts in zip(ids, tokens, texts, reasons, strict=True)]
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[Piece]:
+        """Like `generate`, but yields text as it comes.
+
+        Options: max_new_tokens; preset (a name of the model card's settings) and temperature, top_k, top_p, min_p,
+        presence_penalty, repetition_penalty over the checkpoint's defaults; seed (one, or one a prompt); stop (strings);
+        ignore_eos; prefill_chunk (tokens read at once); for chats enable_thinking and tools.
+        """
+        ids = [self.encode(p, **_template_options(options)) for p in self._prompts(prompts)]
+        return self._run(ids, streaming=True, **_without_template_options(options))
+
+    def encode(self, prompt: Prompt, *, enable_thinking: bool | None = None, tools=None) -> list[int]:
+        """Token ids of a prompt: text as it is, ids checked, chats through the chat template."""
+        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
+            if self.tokenizer is None:
+                raise UserError("this checkpoint has no tokenizer.json: pass prompts as lists of token ids")
+            if not isinstance(prompt, str):
+                prompt = self.template.render(prompt, enable_thinking=enable_thinking, tools=tools)
+            ids = self.tokenizer.encode(prompt)
+        else:
+            ids = [int(i) for i in prompt]
+        if not ids:
+            raise UserError("a prompt is empty: give it at least one token")
+        self._check_ids(np.asarray(ids))
+        if len(ids) >= self.config.max_position_embeddings:
+            raise UserError(
+                f"a prompt has {len(ids)} tokens, but the context is {self.config.max_position_embeddings} "
+                "(max_position_embeddings) including at least one new token: shorten it"
+            )
+        return ids
+
+    def _check_ids(self, ids: np.ndarray) -> None:
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            bad = int(ids.min() if ids.min() < 0 else ids.max())
+            raise UserError(f"token id {bad} is not in the vocabulary (0 to {self.config.vocab_size - 1})")
+
+    def _prompts(self, prompts) -> list:
+        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
+        return [prompts] if single else list(prompts)
+
+    def _run(
+        self,
+        prompts: list[list[int]],
+        *,
+        streaming: bool,
+        max_new_tokens: int = 256,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        ignore_eos: bool = False,
+        prefill_chunk: int = 2048,
+        preset: str | None = None,
+        **sampling,
+    ) -> Iterator[Piece]:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
+        if prefill_chunk < 1:
+            raise UserError(f"prefill_chunk is {prefill_chunk}; it must be 1 or more")
+        if stop and self.tokenizer is None:
+            raise UserError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
+        seeds = [int(seed)] * len(prompts) if np.ndim(seed) == 0 else [int(s) for s in seed]
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one a prompt")
+        settings = self.sampling(preset, **sampling)
+        ends = () if ignore_eos else self.defaults.eos_token_ids
+        context = self.config.max_position_embeddings
+        requests = [
+            Request(ids, min(max_new_tokens, context - len(ids)), dataclasses.replace(settings, seed=s), ends)
+            for ids, s in zip(prompts, seeds, strict=True)
+        ]
+        generation = Generation(self.programs, requests, prefill_chunk)
+        readers = [_RowReader(self.tokenizer, r, StopStrings(stop)) for r in requests]
+        self.timing = generation.timing
+        self.state_bytes = _bytes_per_device(steps.abstract_session(self.model, generation.slots, generation.capacity)["state"])
+        yield from self._pieces(generation, readers, streaming or bool(stop))
+
+    @staticmethod
+    def _pieces(generation: Generation, readers: list[_RowReader], streaming: bool) -> Iterator[Piece]:
+        blocks = generation.prefill()
+        while True:
+            for row, tokens in blocks:
+                piece = readers[row].read(row, tokens)
+                if piece.finish_reason and generation.alive[row]:
+                    generation.stop(row)
+                yield piece
+            if generation.finished:
+                return
+            blocks = generation.decode(streaming)
+
+    def sampling(self, preset: str | None = None, **overrides) -> SamplingParams:
+        """Sampling parameters: the checkpoint's defaults, then the preset's, then `overrides` that are not None."""
+        names = [f.name for f in dataclasses.fields(SamplingParams) if f.name != "seed"]
+        unknown = set(overrides) - set(names)
+        if unknown:
+            raise TypeError(f"unknown options {sorted(unknown)}; sampling options are {names}")
+        base = self.defaults if preset is None else sampling_preset(preset)
+        values = {name: getattr(base, name) for name in names}
+        if preset is None and not self.defaults.do_sample:
+            values["temperature"] = 0.0
+        return SamplingParams(**(values | {k: v for k, v in overrides.items() if v is not None}))
+
+    def stats(self) -> dict[str, Any]:
+        """Seconds, speeds, op forms and bytes of the last batch."""
+        t = self.timing
+        return {
+            "load_seconds": self.load_seconds,
+            "compile_seconds": self.programs.seconds,
+            "prefill_seconds": t.prefill_seconds,
+            "prefill_tokens": t.prefill_tokens,
+            "decode_tokens_per_second": t.decode_tokens / t.decode_seconds if t.decode_seconds else None,
+            "forms": dataclasses.asdict(self.model.forms),
+            "weight_bytes_per_device": _bytes_per_device(self.params),
+            "state_bytes_per_device": self.state_bytes,
+        }
+
+
+class _RowReader:
+    """Turns one row's tokens into text, and knows when the row has ended."""
+
+    def __init__(self, tokenizer: Tokenizer | None, request: Request, stops: StopStrings):
+        self.request, self.stops, self.count = request, stops, 0
+        self.decoder = StreamDecoder(tokenizer) if tokenizer else None
+        self.finished = False
+
+    def read(self, row: int, tokens: list[int]) -> Piece:
+        text, taken, reason = "", [], None
+        for token in tokens:
+            if self.finished:
+                break
+            taken.append(token)
+            self.count += 1
+            if token in self.request.end_tokens:
+                reason = "stop"
+            elif self.decoder:
+                text += self.stops.push(self.decoder.push(token))
+                reason = "stop" if self.stops.matched else None
+            if reason is None and self.count >= self.request.max_new_tokens:
+                reason = "length"
+            if reason:
+                self.finished = True
+                if self.decoder:
+                    text += self.stops.push(self.decoder.finish()) + self.stops.finish()
+        return Piece(row, text, taken, reason)
+
+
+def _bytes_per_device(tree: Any) -> int:
+    def size(x) -> int:
+        return int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
+
+    return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def _template_options(options: dict) -> dict:
+    return {name: options[name] for name in ("enable_thinking", "tools") if name in options}
+
+
+def _without_template_options(options: dict) -> dict:
+    return {name: value for name, value in options.items() if name not in ("enable_thinking", "tools")}

@@ -1,0 +1,96 @@
+"""`load`: from a directory, a hub id or a preset's name to a LanguageModel on a mesh."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+
+import jax
+
+from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
+from qwen35_jax.config import ASSETS, PRESETS, ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.generate.language_model import LanguageModel
+from qwen35_jax.model import Model
+from qwen35_jax.ops.forms import resolve_forms
+from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
+from qwen35_jax.text import ChatTemplate, Tokenizer, read_generation_config
+
+TINY = ASSETS / "tiny"
+
+
+def load(
+    path_or_id_or_preset: str,
+    mesh: str = "1x1",
+    dtype: str = "bfloat16",
+    *,
+    revision: str | None = None,
+    keep_fp8: bool = False,
+    kernels: str = "auto",
+    seed: int = 0,
+    random_weights: bool = False,
+) -> LanguageModel:
+    """Loads a model onto a mesh.
+
+    Args:
+        path_or_id_or_preset: a directory (Hugging Face or converted; local or gs://), a Hugging Face id such as `Qwen/Qwen3.5-4B`,
+            or a preset's name. `tiny` is the packaged model; every other preset means random weights of that shape.
+        mesh: DATAxMODEL or REPLICAxDATAxMODEL.
+        dtype: of weights and activations, bfloat16 or float32.
+        revision: of a Hugging Face id.
+        keep_fp8: keep the weights of an FP8 checkpoint as they are stored; without it they are dequantised while loading.
+        kernels: auto or xla.
+        seed: of random weights.
+        random_weights: random numbers in place of the stored ones.
+
+    Raises UserError for whatever is wrong with the input.
+    """
+    begin = time.perf_counter()
+    use_compilation_cache()
+    sharding = Sharding(make_mesh(mesh))
+    name, source = path_or_id_or_preset, None
+    if name in PRESETS and name != "tiny":
+        config, directory = ModelConfig.preset(name), TINY
+        random_weights = True
+    elif name == "tiny":
+        config, directory = ModelConfig.preset(name), TINY
+        random_weights = random_weights or not (TINY / "model.safetensors").exists()
+        source = None if random_weights else open_source(str(TINY))
+    else:
+        source = open_source(name, revision)
+        config, directory = ModelConfig.from_hf(source.config), source.directory
+    config = config.replace(dtype=dtype, fp8_weights=keep_fp8)
+    check_mesh(config, sharding)
+    if keep_fp8 and not random_weights and not config.quantized_source:
+        raise UserError(f"keep_fp8: {name} holds no FP8 weights")
+    config, params = _parameters(config, sharding, kernels, None if random_weights else source, seed)
+    model = Model(config, sharding, resolve_forms(sharding.mesh, kernels))
+    thinking = bool(config.num_experts) or config.hidden_size > 2048  # 0.8B and 2B answer without thinking by default
+    return LanguageModel(
+        model,
+        params,
+        Tokenizer.from_directory(directory),
+        ChatTemplate.from_directory(directory, thinking_by_default=thinking),
+        read_generation_config(directory),
+        random_weights=random_weights,
+        load_seconds=time.perf_counter() - begin,
+    )
+
+
+def _parameters(config: ModelConfig, sharding: Sharding, kernels: str, source: TensorSource | None, seed: int):
+    # XLA:CPU copies the slices that a scan takes of stacked weights; elsewhere a scan keeps compile time flat in depth.
+    stacked = sharding.mesh.devices.flat[0].platform != "cpu"
+    if source is None:
+        return config, Model(config, sharding).init_params(seed, stacked)
+    source = CanonicalSource(source, config)
+    if not source_has_mtp(source):
+        config = config.replace(mtp_num_hidden_layers=0)
+    abstract = Model(config, sharding).abstract_params(stacked)
+    return config, load_params(source, config, abstract)
+
+
+def use_compilation_cache() -> None:
+    """Turns JAX's persistent compilation cache on, in the user's cache folder, unless JAX has been told where it is."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "qwen35_jax" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,6 @@
+"""The model: NNX modules, their parameters and their decoding state."""
+
+from qwen35_jax.model.decoder import Model, parameter_counts
+from qwen35_jax.model.inputs import Inputs, abstract_state, put_slots, take_slots, zero_slots
+
+__all__ = ["Inputs", "Model", "abstract_state", "parameter_counts", "put_slots", "take_slots", "zero_slots"]

@@ -1,0 +1,168 @@
+"""The whole text model: embedding, units, final norm, head and the multi-token-prediction layer, as functions of parameters.
+
+Axis letters, here and everywhere: B batch, S slot, T time, D model width, N query heads (value heads in Gated DeltaNet),
+K key/value heads, H head width, F feed-forward width, E experts, V vocabulary, C chunk, U units.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.model import params as P
+from qwen35_jax.model.inputs import Inputs
+from qwen35_jax.model.mtp import MtpLayer
+from qwen35_jax.model.unit import RMSNorm, Unit, apply_units
+from qwen35_jax.model.vision import VisionTower
+from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.linear import linear
+from qwen35_jax.ops.rotary import rotary_angles
+from qwen35_jax.sharding import Sharding
+
+
+class Embedding(nnx.Module):
+    """The vocabulary [V, D], cut over `model` by rows; serves as the head too where the two are tied."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding):
+        self.embedding = P.declare(config, "V D", (config.vocab_size, config.hidden_size))
+        self.sharding = sharding
+
+    @jax.named_scope("embed")
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Token ids [B, T] -> [B, T, D]. Each shard looks up the ids that it holds; the sum has one term that is not zero."""
+
+        def local(tokens, table):
+            index = tokens - jax.lax.axis_index("model") * table.shape[0]
+            hit = (index >= 0) & (index < table.shape[0])
+            rows = table[jnp.clip(index, 0, table.shape[0] - 1)]
+            return jax.lax.psum(jnp.where(hit[..., None], rows, jnp.zeros((), rows.dtype)), "model")
+
+        return self.sharding.shard_map(local, ("B T", "V D"), "B T D")(tokens, self.embedding.get_value())
+
+
+class Head(nnx.Module):
+    """The output matrix [V, D] of models that do not tie it to the embedding."""
+
+    def __init__(self, config: ModelConfig):
+        self.kernel = P.declare(config, "V D", (config.vocab_size, config.hidden_size))
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Everything static about a model: configuration, sharding and op forms. Parameters and state are arguments.
+
+    `params` is a nested dict: embed, units (stacked: one tree with a leading U axis; unrolled: a tuple of trees), final_norm,
+    lm_head where not tied, mtp where the configuration has it.
+    """
+
+    config: ModelConfig
+    sharding: Sharding
+    forms: Forms = Forms()
+
+    @functools.cached_property
+    def _modules(self) -> dict[str, nnx.Module]:
+        c, s, f = self.config, self.sharding, self.forms
+        modules = {"embed": Embedding(c, s), "units": Unit(c, s, f), "final_norm": RMSNorm(c)}
+        if not c.tie_word_embeddings:
+            modules["lm_head"] = Head(c)
+        if c.mtp_num_hidden_layers:
+            modules["mtp"] = MtpLayer(c, s, f)
+        return modules
+
+    @functools.cached_property
+    def _graphs(self) -> dict[str, Any]:
+        return {name: nnx.graphdef(module) for name, module in self._modules.items()}
+
+    def _merge(self, name: str, params: dict) -> nnx.Module:
+        return nnx.merge(self._graphs[name], params)
+
+    def declarations(self) -> dict:
+        """nnx.Param declarations (shape, dtype, axes, initialiser) by module; `units` is one unit."""
+        return {name: P.declarations(module) for name, module in self._modules.items()}
+
+    def abstract_params(self, stacked: bool = True) -> dict:
+        """ShapeDtypeStructs with shardings in the structure of `params`."""
+        tree = self.declarations()
+        units = tree.pop("units")
+        result = P.abstract(tree, self.sharding)
+        if stacked:
+            result["units"] = P.abstract(units, self.sharding, self.config.num_units)
+        else:
+            result["units"] = tuple(P.abstract(units, self.sharding) for _ in range(self.config.num_units))
+        return result
+
+    def init_params(self, seed: int = 0, stacked: bool = True) -> dict:
+        """Random parameters, made on their devices; the numbers depend on `seed` alone."""
+        tree, key = self.declarations(), jax.random.key(seed)
+        units = tree.pop("units")
+        scale = self.config.initializer_range
+        params = P.initialise(tree, self.sharding, jax.random.fold_in(key, 0), scale)
+        trees = P.initialise(units, self.sharding, jax.random.fold_in(key, 1), scale, self.config.num_units)
+        places = P.abstract(units, self.sharding, self.config.num_units)
+        return params | {"units": P.stack(trees, places) if stacked else trees}
+
+    def inputs(self, positions, segment_ids, *, start=None, slots=None) -> Inputs:
+        """Rotary angles and masks for tokens at `positions` [B, T] (or [3, B, T]: time, height, width)."""
+        cos, sin = rotary_angles(positions, self.config.rope, self.config.rotary_dim)
+        return Inputs(cos, sin, segment_ids, start, slots)
+
+    def embed(self, params: dict, tokens: jax.Array) -> jax.Array:
+        """Token ids [B, T] int32 -> [B, T, D]."""
+        return self._merge("embed", params["embed"])(tokens)
+
+    def hidden(self, params: dict, tokens: jax.Array, inputs: Inputs, state: dict | None = None) -> tuple[jax.Array, dict | None]:
+        """Token ids [B, T] -> (hidden states after the final norm [B, T, D], the decoding state after these tokens)."""
+
+        def unit(unit_params, u, carry):
+            x, state = carry
+            x, state, _ = self._merge("units", unit_params)(x, inputs, state, u)
+            return x, state
+
+        x, state = apply_units(unit, params["units"], (self.embed(params, tokens), state))
+        return self._merge("final_norm", params["final_norm"])(x), state
+
+    def layer_outputs(self, params: dict, tokens: jax.Array, inputs: Inputs) -> jax.Array:
+        """The residual stream [layers + 1, B, T, D]: after the embedding and after each layer. For finding where numbers part."""
+        x = self.embed(params, tokens)
+        layers, interval = self.config.num_hidden_layers, self.config.full_attention_interval
+        outputs = jnp.zeros((layers + 1, *x.shape), x.dtype).at[0].set(x)
+
+        def unit(unit_params, u, carry):
+            x, outputs = carry
+            x, _, after = self._merge("units", unit_params)(x, inputs)
+            return x, jax.lax.dynamic_update_slice(outputs, jnp.stack(after), (u * interval + 1, 0, 0, 0))
+
+        return apply_units(unit, params["units"], (x, outputs))[1]
+
+    @jax.named_scope("head")
+    def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
+        """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V], V cut over `model`."""
+        kernel = params["embed"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]["kernel"]
+        return self.sharding.constrain(linear(hidden, kernel, "BTD,VD->BTV", out_dtype=jnp.float32), "B T V")
+
+    def mtp_hidden(self, params: dict, hidden: jax.Array, next_tokens: jax.Array, inputs: Inputs, cache: dict | None = None):
+        """Hidden states [B, T, D] of positions i and token ids [B, T] of i+1 -> (states [B, T, D] that `logits` turns into
+        predictions of the tokens i+2, the layer's cache)."""
+        return self._merge("mtp", params["mtp"])(hidden, self.embed(params, next_tokens), inputs, cache)
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters of text, vision, mtp and their total; `active`: text parameters that one token uses (embedding and head included)."""
+    mesh = jax.sharding.AbstractMesh((1, 1, 1), ("replica", "data", "model"))
+    tree = Model(config, Sharding(mesh)).declarations()
+    parts = {name: P.count(node) for name, node in tree.items()}
+    mtp = parts.pop("mtp", 0)
+    parts["units"] *= config.num_units
+    text = sum(parts.values())
+    vision = P.count(P.declarations(VisionTower(config))) if config.vision else 0
+    unused = 0
+    if config.num_experts:
+        experts = 3 * config.hidden_size * config.moe_intermediate_size
+        unused = (config.num_experts - config.num_experts_per_tok) * experts * config.num_hidden_layers
+    return {"text": text, "vision": vision, "mtp": mtp, "total": text + vision + mtp, "active": text - unused}

@@ -1,0 +1,92 @@
+"""What every layer is told about the tokens of a step, and the decoding state that it reads and writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.sharding import Sharding
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """One step's tokens as the layers see them.
+
+    cos, sin: [B, T, R] float32 rotary angles. segment_ids: [B, T] int32, non-decreasing over real tokens, 0 = padding.
+    With a decoding state: start [B] int32 tokens already cached, and slots [B] int32 (None: row b is slot b), counted within the
+    device's own share of the slots.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    segment_ids: jax.Array
+    start: jax.Array | None = None
+    slots: jax.Array | None = None
+
+
+# Logical axes of the decoding state: U units, L Gated DeltaNet layers of a unit, S slots, W the three tokens of a window.
+STATE_AXES = {
+    "k": "U S K T H",
+    "v": "U S K T H",
+    "conv_q": "U L S W K H",
+    "conv_k": "U L S W K H",
+    "conv_v": "U L S W N H",
+    "recurrent": "U L S N H H",
+    "length": "S",
+    "rotary_offset": "S",
+}
+
+
+def abstract_state(config: ModelConfig, sharding: Sharding, slots: int, capacity: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the state of `slots` sequences of at most `capacity` tokens."""
+    units, layers = config.num_units, config.full_attention_interval - 1
+    kv = (units, slots, sharding.heads(config.num_key_value_heads), capacity, config.head_dim)
+    keys, values = (sharding.heads(n) for n in (config.linear_num_key_heads, config.linear_num_value_heads))
+    dk, dv = config.linear_key_head_dim, config.linear_value_head_dim
+    window = (units, layers, slots, config.linear_conv_kernel_dim - 1)
+    shapes = {
+        "k": (kv, config.dtype),
+        "v": (kv, config.dtype),
+        "conv_q": ((*window, keys, dk), config.dtype),
+        "conv_k": ((*window, keys, dk), config.dtype),
+        "conv_v": ((*window, values, dv), config.dtype),
+        "recurrent": ((units, layers, slots, values, dk, dv), "float32"),
+        "length": ((slots,), "int32"),
+        "rotary_offset": ((slots,), "int32"),
+    }
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(sharding.mesh, sharding.spec(STATE_AXES[name])))
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def zero_slots(state: dict[str, jax.Array], reset: jax.Array) -> dict[str, jax.Array]:
+    """The state with the slots of `reset` [S] bool emptied, so that they can be used again. Keys and values need no clearing:
+    nothing reads beyond `length`."""
+
+    def clear(name: str, x: jax.Array) -> jax.Array:
+        if name in ("k", "v"):
+            return x
+        axis = STATE_AXES[name].split().index("S")
+        mask = reset.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
+        return jnp.where(mask, jnp.zeros((), x.dtype), x)
+
+    return {name: clear(name, x) for name, x in state.items()}
+
+
+def take_slots(sharding: Sharding, x: jax.Array, slots: jax.Array) -> jax.Array:
+    """Rows x[slots] of x [S, ...], slots [B] counted within each device's own share."""
+    axes = " ".join(["S", *"T" * (x.ndim - 1)])
+    return sharding.shard_map(lambda x, slots: x[slots], (axes, "B"), axes.replace("S", "B"))(x, slots)
+
+
+def put_slots(sharding: Sharding, x: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
+    """x [S, ...] with x[slots] replaced by rows [B, ...]."""
+    axes = " ".join(["S", *"T" * (x.ndim - 1)])
+    put = sharding.shard_map(lambda x, slots, rows: x.at[slots].set(rows), (axes, "B", axes.replace("S", "B")), axes)
+    return put(x, slots, rows)

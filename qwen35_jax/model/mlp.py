@@ -1,0 +1,72 @@
+"""The two feed-forward blocks: dense SwiGLU, and routed experts beside a shared one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.model.inputs import Inputs
+from qwen35_jax.model.params import declare
+from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.linear import linear
+from qwen35_jax.ops.moe import moe_apply, route
+from qwen35_jax.sharding import Sharding
+
+
+class DenseMlp(nnx.Module):
+    """down(silu(gate(x)) * up(x)) of width F."""
+
+    def __init__(self, config: ModelConfig, width: int, sharding: Sharding):
+        d = config.hidden_size
+        self.gate = declare(config, "D F", (d, width), fp8=True)
+        self.up = declare(config, "D F", (d, width), fp8=True)
+        self.down = declare(config, "F D", (width, d), fp8=True)
+        self.sharding = sharding
+
+    @jax.named_scope("dense_mlp")
+    def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]."""
+        hidden = jax.nn.silu(linear(x, self.gate.get_value(), "BTD,DF->BTF")) * linear(x, self.up.get_value(), "BTD,DF->BTF")
+        hidden = self.sharding.constrain(hidden, "B T F")
+        return self.sharding.constrain(linear(hidden, self.down.get_value(), "BTF,FD->BTD"), "B T D")
+
+
+class Experts(nnx.Module):
+    """The weights of the routed experts; gate and up lie side by side so that one product serves both."""
+
+    def __init__(self, config: ModelConfig):
+        e, d, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up = declare(config, "E D G F", (e, d, 2, f), fp8=True)
+        self.down = declare(config, "E F D", (e, f, d), fp8=True)
+
+
+class MoeMlp(nnx.Module):
+    """Top-k routed experts plus a shared expert behind a sigmoid gate, one scalar a token."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, forms: Forms):
+        # "X": the router's columns are experts too, but every device needs all of them.
+        self.router = declare(config, "D X", (config.hidden_size, config.num_experts))
+        self.experts = Experts(config)
+        self.shared = DenseMlp(config, config.shared_expert_intermediate_size, sharding)
+        self.shared_gate = declare(config, "D", (config.hidden_size,))
+        self.top_k, self.sharding, self.forms = config.num_experts_per_tok, sharding, forms
+
+    @jax.named_scope("moe_mlp")
+    def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
+        """x [B, T, D] -> [B, T, D]; padding is routed nowhere."""
+        logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32)
+        routing = route(logits, self.top_k, inputs.segment_ids > 0)
+        experts = {"gate_up": self.experts.gate_up.get_value(), "down": self.experts.down.get_value()}
+        routed = moe_apply(x, routing, experts, self.sharding, self.forms.moe, implementation=self.forms.grouped_linear)
+        gate = jax.nn.sigmoid(linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32))
+        shared = self.shared(x, inputs)
+        return self.sharding.constrain(routed + (gate[..., None] * shared).astype(x.dtype), "B T D")
+
+
+def make_mlp(config: ModelConfig, sharding: Sharding, forms: Forms) -> nnx.Module:
+    """The block that this model has in every layer."""
+    if config.num_experts:
+        return MoeMlp(config, sharding, forms)
+    return DenseMlp(config, config.intermediate_size, sharding)

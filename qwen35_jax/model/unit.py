@@ -1,0 +1,106 @@
+"""One decoder layer, and the repeating unit of `full_attention_interval` layers: Gated DeltaNet … Gated DeltaNet, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.model.attention import GatedAttention
+from qwen35_jax.model.gated_delta_net import GatedDeltaNet
+from qwen35_jax.model.inputs import Inputs
+from qwen35_jax.model.mlp import make_mlp
+from qwen35_jax.model.params import declare
+from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.norm import rms_norm
+from qwen35_jax.sharding import Sharding
+
+
+LINEAR_STATE = ("conv_q", "conv_k", "conv_v", "recurrent")
+ATTENTION_STATE = ("k", "v")
+
+
+class RMSNorm(nnx.Module):
+    """Zero-centred: the stored scale is an offset from 1."""
+
+    def __init__(self, config: ModelConfig):
+        self.scale = declare(config, "D", (config.hidden_size,), "zeros")
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.scale.get_value(), self.eps)
+
+
+class DecoderLayer(nnx.Module):
+    """x + mixer(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, mixer: nnx.Module, sharding: Sharding, forms: Forms):
+        self.input_norm = RMSNorm(config)
+        self.mixer = mixer
+        self.post_norm = RMSNorm(config)
+        self.mlp = make_mlp(config, sharding, forms)
+
+    def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None) -> tuple[jax.Array, dict | None]:
+        mixed, state = self.mixer(self.input_norm(x), inputs, state)
+        x = x + mixed
+        return x + self.mlp(self.post_norm(x), inputs), state
+
+
+class Unit(nnx.Module):
+    """The repeating unit."""
+
+    def __init__(self, config: ModelConfig, sharding: Sharding, forms: Forms):
+        count = config.full_attention_interval
+        mixers = [GatedDeltaNet(config, sharding, forms) for _ in range(count - 1)]
+        mixers.append(GatedAttention(config, sharding, forms))
+        self.layers = nnx.Dict({str(i): DecoderLayer(config, m, sharding, forms) for i, m in enumerate(mixers)})
+
+    def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None, u: jax.Array | int = 0):
+        """x [B, T, D] and the decoding state of all units -> (x after unit u, the state, x after each layer of the unit).
+
+        Each layer's part of the state is sliced out, updated and written back: the one pattern that XLA does in place.
+        """
+        after = []
+        last = len(self.layers) - 1
+        for i in range(last + 1):
+            names, index = (LINEAR_STATE, (u, i)) if i < last else (ATTENTION_STATE, (u,))
+            part = None if state is None else {name: _slice(state[name], index) for name in names}
+            x, part = self.layers[str(i)](x, inputs, part)
+            if state is not None:
+                state = state | {name: _write(state[name], part[name], index) for name in names}
+            after.append(x)
+        return x, state, after
+
+
+def _slice(x: jax.Array, index: tuple) -> jax.Array:
+    n = len(index)
+    return jax.lax.dynamic_slice(x, (*index, *[0] * (x.ndim - n)), (*[1] * n, *x.shape[n:])).reshape(x.shape[n:])
+
+
+def _write(x: jax.Array, part: jax.Array, index: tuple) -> jax.Array:
+    n = len(index)
+    return jax.lax.dynamic_update_slice(x, part[(None,) * n], (*index, *[0] * (x.ndim - n)))
+
+
+
+
+def apply_units(unit: Callable[[Any, Any, Any], Any], params: Any, carry: Any) -> Any:
+    """carry = unit(params of unit u, u, carry) for each unit in order.
+
+    `params` is a tuple of trees (unrolled: XLA:CPU would copy every slice that a scan takes of stacked weights) or one tree
+    with a leading unit axis (`lax.scan`: trace and compile time do not grow with depth).
+    """
+    if isinstance(params, tuple):
+        for u, unit_params in enumerate(params):
+            carry = unit(unit_params, u, carry)
+        return carry
+    count = jax.tree.leaves(params)[0].shape[0]
+
+    def step(carry, xs):
+        return unit(*xs, carry), None
+
+    return jax.lax.scan(step, carry, (params, jnp.arange(count)))[0]

@@ -1,0 +1,44 @@
+"""Mixture of experts: routing, and `moe_apply`, which brings tokens and experts together across the mesh."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.moe.gather import gather_experts
+from qwen35_jax.ops.moe.reference import moe_reference
+from qwen35_jax.ops.moe.routing import Routing, route
+from qwen35_jax.sharding import Sharding
+
+__all__ = ["Routing", "moe_apply", "moe_reference", "route"]
+
+EXPERT_AXES = {"gate_up": "E D G F", "down": "E F D"}
+
+
+def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str = "gather", *, implementation=None):
+    """Sum over each token's experts of weight x down(silu(gate) * up). Drops nothing; differentiable.
+
+    x [B, T, D]; routing [B, T, k]; experts {"gate_up": [E, D, 2, F], "down": [E, F, D]}, arrays or Fp8Weight -> [B, T, D] in
+    x.dtype. `form`: "gather" (all-gather, local grouped products, reduce-scatter).
+    """
+    if form != "gather":
+        raise UserError(f"moe form {form!r} does not exist; choose gather")
+    shapes = {name: [a.shape for a in jax.tree.leaves(w)] for name, w in experts.items()}
+    specs = {name: sharding.parameter_spec(axes, *shapes[name]) for name, axes in EXPERT_AXES.items()}
+    expert_axes, f_axes = sharding.expert_axes(
+        *(dict(zip(EXPERT_AXES["gate_up"].split(), s, strict=True)) for s in shapes["gate_up"])
+    )
+    tokens = sharding.spec("B T D")
+    local = functools.partial(
+        gather_experts,
+        expert_axes=expert_axes,
+        # Partial over `model` where it cuts E or F; where it cuts neither, every model shard has the whole sum.
+        partial_axes=("model",) if "model" in expert_axes or f_axes else (),
+        implementation=implementation,
+    )
+    mapped = jax.shard_map(
+        local, mesh=sharding.mesh, in_specs=(tokens, tokens, specs), out_specs=tokens, check_vma=False
+    )
+    return mapped(x, routing, experts)

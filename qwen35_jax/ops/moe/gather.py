@@ -1,0 +1,72 @@
+"""Expert parallelism by gathering tokens: all-gather over `data`, local grouped products, reduce-scatter back.
+
+Static shapes, nothing dropped, the same code on CPU, GPU and TPU. Per device it receives tokens x D once each way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qwen35_jax.ops.grouped_linear import grouped_linear
+from qwen35_jax.ops.moe.routing import Routing
+
+# Rows of one pass over the experts are limited so that its buffers (input, gate and up, hidden, output) stay below this.
+# The worst case is tokens x min(k, local experts) rows: all tokens of the group routed to one device.
+BUFFER_BYTES = 256 * 2**20
+
+
+def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_axes, implementation: str | None):
+    """One device's part of the mixture of experts; runs inside `shard_map`.
+
+    x [b, T, D] with routing [b, T, k] for the device's own tokens; experts gate_up [E', D, 2, F'], down [E', F', D] its own
+    share. `expert_axes` are the mesh axes over which E is cut, `partial_axes` those over which outputs are partial sums.
+    """
+    b, t, d = x.shape
+    tokens, ids, weights = (
+        jax.lax.all_gather(a.reshape(b * t, -1), "data", tiled=True) for a in (x, routing.experts, routing.weights)
+    )
+    local = jax.tree.leaves(experts["gate_up"])[0].shape[0]
+    ids = ids - local * jax.lax.axis_index(expert_axes)
+    out = _in_chunks(tokens, ids, weights, experts, local, implementation)
+    out = jax.lax.psum_scatter(out, "data", scatter_dimension=0, tiled=True)
+    if partial_axes:
+        out = jax.lax.psum(out, partial_axes)
+    return out.reshape(b, t, d)
+
+
+def _in_chunks(tokens, ids, weights, experts, local: int, implementation):
+    """Runs `_local_experts` over chunks of the group's tokens, so that the row buffers stay below BUFFER_BYTES."""
+    count, d = tokens.shape
+    width = math.prod(jax.tree.leaves(experts["gate_up"])[0].shape[2:])
+    row_bytes = (2 * d + 2 * width) * tokens.dtype.itemsize + 4 * d
+    rows_per_token = min(ids.shape[1], local)
+    chunk = max(1, BUFFER_BYTES // (row_bytes * rows_per_token))
+    if chunk >= count:
+        return _local_experts(tokens, ids, weights, experts, local, implementation)
+    pad = -count % chunk
+
+    def split(a, fill):
+        return jnp.pad(a, ((0, pad), (0, 0)), constant_values=fill).reshape(-1, chunk, a.shape[1])
+
+    chunks = split(tokens, 0), split(ids, -1), split(weights, 0)
+    out = jax.lax.map(lambda c: _local_experts(*c, experts, local, implementation), chunks)
+    return out.reshape(-1, d)[:count]
+
+
+def _local_experts(tokens, ids, weights, experts, local: int, implementation):
+    """tokens [t, D], ids [t, k] (counted from the device's first expert; others are elsewhere) -> their share [t, D]."""
+    t, k = ids.shape
+    rows = t * min(k, local)
+    flat = jnp.where((ids >= 0) & (ids < local), ids, local).reshape(-1)
+    order = jnp.argsort(flat, stable=True)[:rows]
+    token = order // k
+    group_sizes = jnp.zeros(local + 1, jnp.int32).at[flat].add(1)[:local]
+    hidden = grouped_linear(tokens[token], experts["gate_up"], group_sizes, implementation=implementation)
+    hidden = jax.nn.silu(hidden[:, 0]) * hidden[:, 1]
+    out = grouped_linear(hidden, experts["down"], group_sizes, implementation=implementation)
+    weighted = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
+    # Rows beyond the groups are zero, so adding them to whichever token they name changes nothing.
+    return jnp.zeros((t, tokens.shape[1]), jnp.float32).at[token].add(weighted).astype(tokens.dtype)

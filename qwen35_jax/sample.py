@@ -1,0 +1,258 @@
+"""Command line: text from a model, on any mesh. `python -m qwen35_jax.sample --help`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+from absl import flags
+
+from qwen35_jax import command
+from qwen35_jax.config import PRESETS
+from qwen35_jax.errors import UserError
+from qwen35_jax.generate import LanguageModel, Piece, load
+from qwen35_jax.ops.forms import KERNEL_CHOICES
+from qwen35_jax.text import SAMPLING_PRESETS
+
+USAGE = """
+Writes text with a Qwen3.5 model.
+
+  python -m qwen35_jax.sample --mesh 8x1
+  python -m qwen35_jax.sample --checkpoint DIR_OR_HUB_ID --mesh 1x8 --prompt "Why is the sky blue?"
+"""
+
+DEFAULT_PROMPT = "What is 37 + 58?"
+
+MESH = flags.DEFINE_string("mesh", "1x1", "DATAxMODEL or REPLICAxDATAxMODEL; without accelerators, virtual CPU devices")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory (Hugging Face or converted; local or gs://) or hub id")
+REVISION = flags.DEFINE_string("revision", None, "revision of a hub id")
+MODEL = flags.DEFINE_enum("model", None, PRESETS, "preset: tiny is the packaged model, the others are random weights")
+RANDOM = flags.DEFINE_bool("random_weights", False, "random numbers in place of the stored weights")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "what to answer; repeat it for a batch")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'one prompt a line, or .jsonl with {"prompt": …} or {"messages": […]}')
+CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit")
+SYSTEM = flags.DEFINE_string("system", None, "system message")
+RAW = flags.DEFINE_bool("raw", False, "prompts are text to continue: no chat template")
+THINK = flags.DEFINE_bool("think", None, "let the model think first, or not; default: as its chat template has it")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of one answer", lower_bound=1)
+PRESET = flags.DEFINE_enum("preset", None, list(SAMPLING_PRESETS), "the model card's sampling settings by name")
+STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; repeatable")
+SEED = flags.DEFINE_integer("seed", 0, "of sampling, and of random weights", lower_bound=0)
+PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "prompt tokens read at once", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weights and activations")
+KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
+KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "which form of the ops to use")
+JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when it is finished")
+STATS = flags.DEFINE_bool("stats", False, "print times, speeds, op forms and bytes per device at the end")
+PROFILE = flags.DEFINE_string("profile", None, "write a jax.profiler trace of the generation to this directory")
+SAMPLING = {
+    "temperature": flags.DEFINE_float("temperature", None, "0 is greedy; default: generation_config.json", lower_bound=0),
+    "top_k": flags.DEFINE_integer("top_k", None, "draw from the k likeliest tokens; 0 is off", lower_bound=0),
+    "top_p": flags.DEFINE_float("top_p", None, "draw from the fewest tokens of this total probability"),
+    "min_p": flags.DEFINE_float("min_p", None, "leave out tokens below this part of the best one's probability"),
+    "presence_penalty": flags.DEFINE_float("presence_penalty", None, "subtracted from tokens already in the answer"),
+    "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "divides the logits of tokens already seen"),
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Flags to options, one call, and the printing of what comes."""
+    _check(arguments)
+    prompts = [] if CHAT.value else _prompts()
+    lm = load(
+        CHECKPOINT.value or MODEL.value or "tiny",
+        MESH.value,
+        DTYPE.value,
+        revision=REVISION.value,
+        keep_fp8=KEEP_FP8.value,
+        kernels=KERNELS.value,
+        seed=SEED.value,
+        random_weights=RANDOM.value,
+    )
+    if lm.random_weights:
+        print(f"note: {MODEL.value or 'tiny'} has random weights here; its text has no meaning", file=sys.stderr)
+    options = {name: flag.value for name, flag in SAMPLING.items()} | {
+        "max_new_tokens": MAX_NEW_TOKENS.value,
+        "preset": PRESET.value,
+        "seed": SEED.value,
+        "stop": STOP.value,
+        "prefill_chunk": PREFILL_CHUNK.value,
+    }
+    with jax.profiler.trace(PROFILE.value) if PROFILE.value else contextlib.nullcontext():
+        if CHAT.value:
+            chat(lm, options)
+        elif JSON.value:
+            print_json(lm, prompts, options)
+        else:
+            print_streams(lm, prompts, options)
+    if STATS.value:
+        print_stats(lm.stats())
+
+
+def _check(arguments: list[str]) -> None:
+    """Flags that contradict each other are errors: nothing is parsed and ignored."""
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}: prompts go behind --prompt")
+    exclusive = (
+        (CHECKPOINT.value and MODEL.value, "--checkpoint and --model: give one of them"),
+        (REVISION.value and not CHECKPOINT.value, "--revision belongs to --checkpoint"),
+        (RANDOM.value and CHECKPOINT.value, "--random_weights goes with --model, not with --checkpoint"),
+        (RAW.value and SYSTEM.value is not None, "--raw uses no chat template, so there is no place for --system"),
+        (RAW.value and THINK.value is not None, "--raw uses no chat template, so --think and --nothink mean nothing"),
+        (CHAT.value and (PROMPT.value or PROMPTS_FILE.value), "--chat reads prompts from the terminal: leave --prompt out"),
+        (CHAT.value and (RAW.value or JSON.value), "--chat goes with neither --raw nor --json"),
+    )
+    for wrong, message in exclusive:
+        if wrong:
+            raise UserError(message)
+
+
+def _prompts() -> list:
+    prompts: list = list(PROMPT.value)
+    if PROMPTS_FILE.value:
+        prompts += _read_prompts(pathlib.Path(PROMPTS_FILE.value))
+    prompts = prompts or [DEFAULT_PROMPT]
+    for prompt in prompts:
+        if isinstance(prompt, str) and not prompt.strip():
+            raise UserError("a prompt is empty: write something after --prompt")
+    if RAW.value:
+        if any(not isinstance(p, str) for p in prompts):
+            raise UserError("--raw takes text, but --prompts_file has messages")
+        return prompts
+    system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
+    return [system + ([{"role": "user", "content": p}] if isinstance(p, str) else p) for p in prompts]
+
+
+def _read_prompts(path: pathlib.Path) -> list:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text") from None
+    if not lines:
+        raise UserError(f"{path} holds no prompts")
+    if path.suffix != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            item = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from None
+        prompt = item.get("prompt", item.get("messages")) if isinstance(item, dict) else None
+        if not isinstance(prompt, str | list):
+            raise UserError(f'{path} line {number} has neither "prompt" (text) nor "messages" (a list)')
+        prompts.append(prompt)
+    return prompts
+
+
+def _template(lm: LanguageModel, prompts: list) -> dict:
+    chats = [p for p in prompts if not isinstance(p, str)]
+    return {"enable_thinking": THINK.value} if chats and THINK.value is not None else {}
+
+
+def print_json(lm: LanguageModel, prompts: list, options: dict) -> None:
+    """One JSON object a line, in the order of the prompts."""
+    completions = lm.generate(prompts, **options, **_template(lm, prompts))
+    for prompt, done in zip(prompts, completions, strict=True):
+        record = {
+            "prompt": prompt,
+            "text": done.text,
+            "finish_reason": done.finish_reason,
+            "prompt_tokens": len(done.prompt_token_ids),
+            "token_ids": done.token_ids,
+        }
+        print(json.dumps(record, ensure_ascii=False), flush=True)
+
+
+def print_streams(lm: LanguageModel, prompts: list, options: dict) -> None:
+    """Text as it comes: the first unfinished prompt streams, the others wait behind it."""
+    if lm.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer.json: use the Python interface with token ids")
+    waiting = [""] * len(prompts)
+    finished = [False] * len(prompts)
+    current = -1
+    for piece in _with_start(lm.stream(prompts, **options, **_template(lm, prompts))):
+        waiting[piece.index] += piece.text
+        finished[piece.index] |= piece.finish_reason is not None
+        while current < len(prompts) and (current < 0 or finished[current]):
+            if current >= 0:
+                _write(waiting[current] + "\n")
+            current += 1
+            if current < len(prompts) and len(prompts) > 1:
+                _write(f"--- {current + 1} of {len(prompts)}: {_title(prompts[current])}\n")
+        if current < len(prompts):
+            _write(waiting[current])
+            waiting[current] = ""
+
+
+def _with_start(pieces: Iterator[Piece]) -> Iterator[Piece]:
+    yield Piece(0, "", [])
+    yield from pieces
+
+
+def _title(prompt) -> str:
+    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    return " ".join(text.split())[:60]
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def chat(lm: LanguageModel, options: dict) -> None:
+    """A conversation. /reset forgets it, /exit or Ctrl-D ends; Ctrl-C stops an answer."""
+    if lm.tokenizer is None:
+        raise UserError("this checkpoint has no tokenizer.json, so it cannot chat")
+    system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
+    messages = list(system)
+    print("Type a message; /reset starts over, /exit ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if line == "/exit":
+            return
+        if line == "/reset":
+            messages = list(system)
+        elif line:
+            messages.append({"role": "user", "content": line})
+            answer = ""
+            try:
+                for piece in lm.stream([messages], **options, **_template(lm, [messages])):
+                    answer += piece.text
+                    _write(piece.text)
+            except KeyboardInterrupt:
+                pass
+            except UserError as error:
+                messages.pop()
+                print(f"error: {error}", file=sys.stderr)
+                continue
+            _write("\n")
+            messages.append({"role": "assistant", "content": answer})
+
+
+def print_stats(stats: dict) -> None:
+    """The numbers of `LanguageModel.stats`, a line each, to stderr."""
+    speed = stats["decode_tokens_per_second"]
+    rows = [
+        ("load", f"{stats['load_seconds']:.2f} s"),
+        ("compile", f"{stats['compile_seconds']:.2f} s"),
+        ("prefill", f"{stats['prefill_seconds']:.3f} s for {stats['prefill_tokens']} tokens"),
+        ("decode", "nothing" if speed is None else f"{speed:.1f} tokens/s"),
+        ("ops", ", ".join(f"{op}={form}" for op, form in stats["forms"].items())),
+        ("weights per device", f"{stats['weight_bytes_per_device']:,} bytes"),
+        ("state per device", f"{stats['state_bytes_per_device']:,} bytes"),
+    ]
+    for name, value in rows:
+        print(f"{name + ':':20}{value}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command.run(main, USAGE)
