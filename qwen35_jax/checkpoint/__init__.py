@@ -1,0 +1,8 @@
+"""Checkpoints: Hugging Face safetensors and converted (Orbax) directories, through one interface into sharded arrays."""
+
+from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_mtp
+from qwen35_jax.checkpoint.load import load_params
+from qwen35_jax.checkpoint.opening import open_source
+from qwen35_jax.checkpoint.source import TensorSource
+
+__all__ = ["CanonicalSource", "TensorSource", "load_params", "open_source", "source_has_mtp"]
