@@ -92,7 +92,7 @@ def cached_attention(
         raise UserError(f"cached_attention: {time} new tokens do not fit a cache of {expected[2]}")
     if (slots is None and expected[0] != batch) or (slots is not None and slots.shape != (batch,)):
         raise UserError(
-            f"cached_attention: {batch} rows and {expected[0]} slots; pass slots int32 [{batch}], or as many slots as rows"
+            f"cached_attention: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row"
         )
     for name, x in (("start", start), ("count", count)):
         if x.shape != (batch,):
@@ -104,4 +104,4 @@ def _check_heads(op: str, q, k, v) -> None:
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise UserError(f"{op}: q is {q.shape}, k {k.shape}, v {v.shape}; pass [B, Tq, N, H] and two of [B, Tk, K, H]")
     if q.shape[2] % k.shape[2]:
-        raise UserError(f"{op}: {q.shape[2]} query heads on {k.shape[2]} key heads; the first must be a multiple of the second")
+        raise UserError(f"{op}: {q.shape[2]} query heads on {k.shape[2]} key heads; pass a multiple")

@@ -19,7 +19,7 @@ def cached_attention(q, k, v, cache_k, cache_v, slots, start, count):
 
 
 def _append(cache, new, slots, start, count):
-    """Write new [B, T, K, H] into cache [S, K, Tc, H] at each row's slot and start, in place where the cache is donated."""
+    """Write new [B, T, K, H] into cache [S, K, Tc, H] at each row's slot and start; in place if donated."""
     batch, time, groups, width = new.shape
     slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
     # Outside the cache: a scatter drops the whole window of a dead row.

@@ -1,4 +1,4 @@
-"""Blockwise causal attention in plain XLA, with the backward pass that recomputes the scores (FlashAttention, arXiv 2205.14135).
+"""Blockwise causal attention in plain XLA; the backward pass recomputes the scores (FlashAttention, arXiv 2205.14135).
 
 A scan over blocks of queries; inside, a loop over the blocks of keys that any of them can see. Letters of the einsums:
 b row, k key head, r query head of that key head, t query, s key, h width.
@@ -24,14 +24,18 @@ def attention(q, k, v, q_positions, segment_ids):
 
 def _attention_fwd(q, k, v, q_positions, segment_ids):
     fetch = _key_blocks(k, v, segment_ids)
-    segments = None if segment_ids is None else jnp.take_along_axis(segment_ids, q_positions, axis=1)
+    segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
     out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, min(BLOCK_K, k.shape[1]))
     out = joined(out, q.shape[1]).astype(q.dtype)
     return out, (q, k, v, q_positions, segment_ids, out, log_sum)
 
 
+def _own_segments(segment_ids, q_positions):
+    return jnp.take_along_axis(segment_ids, q_positions, axis=1)
+
+
 def attend(q, positions, segments, groups: int, fetch: Callable, block: int):
-    """q [B, T, N, H] in blocks over the keys that `fetch` gives (see _attend_block): output and log of the sum, in blocks."""
+    """q [B, T, N, H] over the keys that `fetch` gives (see _attend_block): output and log of the sum, in blocks."""
 
     def body(_, inputs):
         return None, _attend_block(*inputs, fetch, block)
@@ -90,7 +94,7 @@ def _seen(positions, segments, index, fresh, key_segments):
 
 
 def key_range(j, block: int, keys: int):
-    """Where block j of the keys starts, its indices, and which are new: the last block is moved back to end with the keys."""
+    """Start, indices and which are new of block j of the keys; the last block is moved back to end with the keys."""
     start = jnp.minimum(j * block, keys - block)
     index = start + jnp.arange(block)
     return start, index, index >= j * block
@@ -132,7 +136,43 @@ def joined(x, time: int):
 
 
 def _attention_bwd(residuals, d_out):
-    raise NotImplementedError
+    q, k, v, q_positions, segment_ids, out, log_sum = residuals
+    groups, block = k.shape[2], min(BLOCK_K, k.shape[1])
+    # The gradient of a softmax needs sum_s w_s dw_s, which is out . d_out.
+    inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+    heads = [split_heads(_cut(x), groups) for x in (q, d_out.astype(q.dtype), inner)]
+    segments = None if segment_ids is None else _cut(_own_segments(segment_ids, q_positions))
+    fetch = _key_blocks(k, v, segment_ids)
+
+    def body(d_keys, inputs):
+        q, d_out, inner, positions, segments, log_sum = inputs
+
+        def keys(j, carry):
+            d_q, d_k, d_v = carry
+            k, v, index, fresh, key_segments = fetch(j)
+            scores = _scores(q, k, _seen(positions, segments, index, fresh, key_segments))
+            weights = jnp.exp(scores - log_sum[..., None])
+            d_weights = _einsum("bkrth,bksh->bkrts", d_out, v)
+            d_scores = (weights * (d_weights - inner) * q.shape[-1] ** -0.5).astype(q.dtype)
+            d_v = _add_at(d_v, index[0], _einsum("bkrts,bkrth->bksh", weights.astype(v.dtype), d_out))
+            d_k = _add_at(d_k, index[0], _einsum("bkrts,bkrth->bksh", d_scores, q))
+            return d_q + _einsum("bkrts,bksh->bkrth", d_scores, k), d_k, d_v
+
+        start = (jnp.zeros_like(q, dtype=jnp.float32), *d_keys)
+        d_q, *d_keys = jax.lax.fori_loop(0, _blocks_seen(positions, block), keys, start)
+        return tuple(d_keys), d_q
+
+    zero = jnp.zeros_like(jnp.swapaxes(k, 1, 2), dtype=jnp.float32)
+    inputs = (*heads, _cut(q_positions, fill=-1), segments, log_sum)
+    (d_k, d_v), d_q = jax.lax.scan(body, (zero, zero), inputs)
+    d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
+    return joined(d_q, q.shape[1]).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+def _add_at(total, start, part):
+    """Add part [B, K, s, H] to total [B, K, Tk, H] from key `start` on."""
+    old = jax.lax.dynamic_slice_in_dim(total, start, part.shape[2], axis=2)
+    return jax.lax.dynamic_update_slice_in_dim(total, old + part, start, axis=2)
 
 
 attention.defvjp(_attention_fwd, _attention_bwd)

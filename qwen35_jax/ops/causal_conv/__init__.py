@@ -21,7 +21,9 @@ def causal_conv1d(
     activation: str | None = "silu",
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """y_t = act(sum_j w[..., j] x_{t - W + 1 + j}), each channel by itself; W = 4 as published, w[..., W - 1] is the current token's.
+    """y_t = act(sum_j w[..., j] x_{t - W + 1 + j}), each channel by itself; W = 4 as published.
+
+    The last tap, w[..., W - 1], is the current token's.
 
     Args:
       x: [B, T, *ch]; w: [*ch, W]. ch is any number of axes, e.g. heads and width.

@@ -37,8 +37,8 @@ def gated_delta_rule(
       implementation: None or "xla".
 
     Returns:
-      out [B, T, N, Hv] in v.dtype and final_state [B, N, Hk, Hv] fp32, that of the last segment. Differentiable in q, k,
-      v, g, beta and initial_state. The recurrence is computed in fp32 whatever the inputs.
+      out [B, T, N, Hv] in v.dtype and final_state [B, N, Hk, Hv] fp32, that of the last segment. Differentiable in q,
+      k, v, g, beta and initial_state. The recurrence is computed in fp32 whatever the inputs.
 
     Raises:
       UserError: shapes that do not fit together, or an implementation that does not exist.
@@ -48,7 +48,7 @@ def gated_delta_rule(
     check_segment_ids("gated_delta_rule", segment_ids, *q.shape[:2])
     expected = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
-        raise UserError(f"gated_delta_rule: initial_state has shape {initial_state.shape}; pass [B, N, Hk, Hv] = {expected}")
+        raise UserError(f"gated_delta_rule: initial_state is {initial_state.shape}; pass [B, N, Hk, Hv] = {expected}")
     return xla.gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
 
 
@@ -88,7 +88,7 @@ def gated_delta_step(
         raise UserError(f"gated_delta_step: state has shape {state.shape}; pass [S, N, Hk, Hv] = {expected}")
     if (slots is None and state.shape[0] != batch) or (slots is not None and slots.shape != (batch,)):
         raise UserError(
-            f"gated_delta_step: {batch} rows and {state.shape[0]} slots; pass slots int32 [{batch}], or as many slots as rows"
+            f"gated_delta_step: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row"
         )
     if active is not None and active.shape != (batch, time):
         raise UserError(f"gated_delta_step: active has shape {active.shape}; pass one bool per token, {(batch, time)}")
@@ -104,7 +104,7 @@ def _check_shapes(op: str, q, k, v, g, beta) -> None:
     if v.ndim != 4 or v.shape[:2] != q.shape[:2]:
         raise UserError(f"{op}: v is {v.shape}; pass [B, T, N, Hv] with B, T = {q.shape[:2]}")
     if v.shape[2] % q.shape[2]:
-        raise UserError(f"{op}: {v.shape[2]} value heads on {q.shape[2]} key heads; the first must be a multiple of the second")
+        raise UserError(f"{op}: {v.shape[2]} value heads on {q.shape[2]} key heads; pass a multiple")
     if g.shape != v.shape[:3] or beta.shape != v.shape[:3]:
         raise UserError(f"{op}: g is {g.shape} and beta is {beta.shape}; pass [B, T, N] = {v.shape[:3]}")
     if q.shape[1] == 0:

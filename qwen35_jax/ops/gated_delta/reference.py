@@ -1,4 +1,4 @@
-"""The recurrence as written, one token after the other: slow, obvious, in the widest dtype of its inputs (at least fp32)."""
+"""The recurrence as written, one token at a time: slow, obvious, in the widest dtype of its inputs (at least fp32)."""
 
 from __future__ import annotations
 
