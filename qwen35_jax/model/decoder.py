@@ -99,11 +99,10 @@ class Model:
 
     def init_params(self, seed: int = 0, stacked: bool = True) -> dict:
         """Random parameters, made on their devices; the numbers depend on `seed` alone."""
-        tree, key = self.declarations(), jax.random.key(seed)
+        tree, scale = self.declarations(), self.config.initializer_range
         units = tree.pop("units")
-        scale = self.config.initializer_range
-        params = P.initialise(tree, self.sharding, jax.random.fold_in(key, 0), scale)
-        trees = P.initialise(units, self.sharding, jax.random.fold_in(key, 1), scale, self.config.num_units)
+        params = P.initialise(tree, self.sharding, seed, scale)
+        trees = tuple(P.initialise(units, self.sharding, seed, scale, u) for u in range(self.config.num_units))
         places = P.abstract(units, self.sharding, self.config.num_units)
         return params | {"units": P.stack(trees, places) if stacked else trees}
 

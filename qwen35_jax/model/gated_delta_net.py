@@ -72,17 +72,11 @@ class GatedDeltaNet(nnx.Module):
     def _mix(self, x: dict, w: dict, segment_ids: jax.Array, slots: jax.Array | None, state: dict | None):
         """Convolution, gates and recurrence on one device's heads and rows."""
         rows = state if state is None or slots is None else {name: s[slots] for name, s in state.items()}
-        windows, mixed = {}, {}
-        for name in ("q", "k", "v"):
-            mixed[name], windows[f"conv_{name}"] = causal_conv1d(
-                x[name], w[f"conv_{name}"],
-                state=None if rows is None else rows[f"conv_{name}"],
-                segment_ids=segment_ids, implementation=self.forms.causal_conv1d,
-            )  # fmt: skip
+        mixed, windows = self._convolve(x, w, segment_ids, rows)
         # float32 from here: rounding the decay or beta drifts with the length of the context.
         decay = -jnp.exp(w["A_log"]) * jax.nn.softplus(x["a"].astype(jnp.float32) + w["dt_bias"].astype(jnp.float32))
         beta = jax.nn.sigmoid(x["b"].astype(jnp.float32))
-        q, k, v = mixed["q"], mixed["k"], mixed["v"]
+        q, k, v = mixed
         if rows is not None and q.shape[1] == 1:
             out, recurrent = gated_delta_step(
                 q, k, v, decay, beta, rows["recurrent"], active=segment_ids > 0, implementation=self.forms.gated_delta_step
@@ -97,3 +91,23 @@ class GatedDeltaNet(nnx.Module):
             return out, None
         new = {**windows, "recurrent": recurrent}
         return out, new if slots is None else {name: s.at[slots].set(new[name]) for name, s in state.items()}
+
+    def _convolve(self, x: dict, w: dict, segment_ids: jax.Array, rows: dict | None):
+        """q, k and v after their convolutions, in one call over all channels, and their new windows."""
+        names = ("conv_q", "conv_k", "conv_v")
+        parts = [x["q"], x["k"], x["v"]]
+        sizes = [p.shape[2] * p.shape[3] for p in parts]
+        flat = jnp.concatenate([p.reshape(*p.shape[:2], -1) for p in parts], axis=-1)
+        weight = jnp.concatenate([w[n].reshape(-1, w[n].shape[-1]) for n in names])
+        state = None
+        if rows is not None:
+            state = jnp.concatenate([rows[n].reshape(*rows[n].shape[:2], -1) for n in names], axis=-1)
+        y, window = causal_conv1d(
+            flat, weight, state=state, segment_ids=segment_ids, implementation=self.forms.causal_conv1d
+        )
+
+        def split(a):
+            ends = [sum(sizes[: i + 1]) for i in range(2)]
+            return [s.reshape(*a.shape[:2], *p.shape[2:]) for s, p in zip(jnp.split(a, ends, axis=-1), parts, strict=True)]
+
+        return split(y), dict(zip(names, split(window), strict=True))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
@@ -63,23 +64,23 @@ def abstract(tree: dict, sharding: Sharding, units: int | None = None) -> dict:
     return jax.tree.map(leaf, tree, is_leaf=_is_param)
 
 
-def initialise(tree: dict, sharding: Sharding, key: jax.Array, scale: float, units: int | None = None) -> Any:
+def initialise(tree: dict, sharding: Sharding, seed: int, scale: float, unit: int | None = None) -> dict:
     """Random arrays for the declarations, made on the devices that hold them.
 
-    A parameter's numbers depend on its path, the unit and `key` alone: stacked, unrolled and sharded trees are equal.
-    With `units` returns a tuple of that many trees (see `stack`).
+    A parameter's numbers depend on `seed`, its path and its unit alone: stacked, unrolled and sharded trees are equal.
     """
+    places = abstract(tree, sharding)
 
-    def leaf(key, path, p: nnx.Param):
-        name = zlib.crc32(jax.tree_util.keystr(path).encode()) & 0x7FFFFFFF
-        return _random(jax.random.fold_in(key, name), p, scale)
+    def leaf(path, p: nnx.Param, place):
+        name = zlib.crc32(f"{unit} {jax.tree_util.keystr(path)}".encode())
+        value = p.get_value()
+        if not isinstance(value, Fp8Weight):
+            return _random(p.init, value, scale, seed, name, place.sharding)
+        # e4m3 numbers of unit variance under one scale: the distribution of the unquantised weight.
+        values = _random("normal", value.values, 1.0, seed, name, place.values.sharding)
+        return Fp8Weight(values, _place(np.full(value.scales.shape, scale, value.scales.dtype), place.scales.sharding))
 
-    def build(key):
-        return jax.tree_util.tree_map_with_path(functools.partial(leaf, key), tree, is_leaf=_is_param)
-
-    places = jax.tree.map(lambda x: x.sharding, abstract(tree, sharding))
-    build = jax.jit(build, out_shardings=places)
-    return build(key) if units is None else tuple(build(jax.random.fold_in(key, u)) for u in range(units))
+    return jax.tree_util.tree_map_with_path(leaf, tree, places, is_leaf=lambda x: isinstance(x, nnx.Param | Fp8Weight))
 
 
 def stack(trees: tuple, places: Any) -> Any:
@@ -88,17 +89,33 @@ def stack(trees: tuple, places: Any) -> Any:
     return jax.jit(lambda *t: jax.tree.map(lambda *x: jnp.stack(x), *t), out_shardings=shardings)(*trees)
 
 
-def _random(key: jax.Array, p: nnx.Param, scale: float) -> Any:
-    value = p.get_value()
-    if isinstance(value, Fp8Weight):
-        # e4m3 numbers of unit variance under one scale: the distribution of the unquantised weight.
-        values = jax.random.normal(key, value.values.shape, jnp.bfloat16).astype(value.values.dtype)
-        return Fp8Weight(values, jnp.full(value.scales.shape, scale, value.scales.dtype))
-    if p.init == "normal":
-        return (jax.random.normal(key, value.shape, jnp.float32) * scale).astype(value.dtype)
-    if p.init == "a_log":  # in float32: bfloat16 can round the uniform to 0, and the logarithm to -inf
-        return jnp.log(jax.random.uniform(key, value.shape, jnp.float32, 0.01, 16.0)).astype(value.dtype)
-    return {"zeros": jnp.zeros, "ones": jnp.ones}[p.init](value.shape, value.dtype)
+def _random(init: str, value: jax.ShapeDtypeStruct, scale: float, seed: int, name: int, place: NamedSharding) -> jax.Array:
+    shape, dtype = value.shape, value.dtype
+    if init in ("zeros", "ones"):
+        return _place(np.full(shape, init == "ones", dtype), place)
+    if math.prod(shape) > HOST_ELEMENTS:
+        key = jax.random.fold_in(jax.random.key(seed), name & 0x7FFFFFFF)
+        return _normal_on_device(shape, dtype, place)(key, scale)
+    draw = np.random.Generator(np.random.Philox(key=[seed, name]))
+    if init == "a_log":  # in float32: bfloat16 can round the uniform to 0, and the logarithm to -inf
+        return _place(np.log(draw.uniform(0.01, 16.0, shape)).astype(dtype), place)
+    return _place((draw.standard_normal(shape, np.float32) * np.float32(scale)).astype(dtype), place)
+
+
+# Up to this size the host draws: compiling a generator for yet another shape takes longer than drawing does.
+HOST_ELEMENTS = 1 << 22
+
+
+def _place(x: np.ndarray, place: NamedSharding) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+
+
+@functools.lru_cache
+def _normal_on_device(shape: tuple[int, ...], dtype, place: NamedSharding):
+    def draw(key, scale):
+        return (jax.random.normal(key, shape, jnp.float32) * scale).astype(dtype)
+
+    return jax.jit(draw, out_shardings=place)
 
 
 def count(tree: dict) -> int:
