@@ -1,4 +1,4 @@
-"""How two models' outputs are compared: KL per token, best tokens with near ties listed, and the layer where numbers part."""
+"""How outputs are compared: KL per token, best tokens with near ties listed, and the layer where numbers part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import warnings
 
 import numpy as np
 
-TIE_FACTOR = 10  # a difference between the oracle's two best logits below this many times the measured error is no decision
+# The oracle's two best logits are a near tie where they differ by less than this many times the measured error.
+TIE_FACTOR = 10
 
 
 def log_softmax(logits) -> np.ndarray:
@@ -74,8 +75,8 @@ def check(reference, logits, label: str, limit: float = 1e-5) -> Comparison:
 def check_greedy(expected: list[int], tokens: list[int], oracle_logits, label: str, error: float = 1e-3) -> None:
     """Fails unless greedy `tokens` equal `expected`, the oracle's own.
 
-    Where they part at a near tie, the rest is judged by the oracle given what was said: `oracle_logits(tokens)` returns its
-    logits [len(tokens), V] before each of them. `error` is the largest logit error that was measured.
+    Where they part at a near tie, the rest is judged by the oracle given what was said: `oracle_logits(tokens)` returns
+    its logits [len(tokens), V] before each of them. `error` is the largest logit error that was measured.
     """
     tokens, expected = list(tokens), list(expected)
     assert len(tokens) == len(expected), f"{label}: {len(tokens)} tokens, expected {len(expected)}"
@@ -92,7 +93,7 @@ def check_greedy(expected: list[int], tokens: list[int], oracle_logits, label: s
 def layer_report(reference: list, outputs, kinds: list[str], tolerance: float = 1e-3) -> str:
     """Where numbers part: the relative error of each hidden state, and the first that exceeds `tolerance`.
 
-    `reference` and `outputs` hold the hidden states [B,T,D] after the embedding and after each layer; `kinds` names the layers.
+    `reference` and `outputs` hold the hidden states [B,T,D] after the embedding and after each layer of `kinds`.
     """
     lines, first = [], None
     for i, (a, b) in enumerate(zip(reference, outputs, strict=True)):

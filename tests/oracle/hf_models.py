@@ -1,8 +1,8 @@
 """Small random transformers models: the oracle of the parity tests and of the golden files.
 
-Every parameter is drawn so that a mistake in its use shows (norm offsets, decay, biases and convolution taps are not at their
-trivial starting values), and rounded to bfloat16 except those that published checkpoints store in fp32: a checkpoint therefore holds
-exactly the numbers that the oracle computes with, in fp32 and in bf16.
+Every parameter is drawn so that a mistake in its use shows (norm offsets, decay, biases and convolution taps are not at
+their trivial starting values), and rounded to bfloat16 except those that published checkpoints store in fp32: a
+checkpoint therefore holds exactly the numbers that the oracle computes with, in fp32 and in bf16.
 """
 
 from __future__ import annotations
@@ -60,7 +60,16 @@ CASES = {
         Case("dense_ratio3", heads=(6, 1), gdn_heads=(6, 2), seed=3),
         Case("yarn", yarn={"factor": 4.0, "original_max_position_embeddings": 256}, seed=4),
         Case("moe", experts=(12, 3, 48, 64), fused=False, seed=5),
-        Case("moe_tied_mtp", heads=(4, 2), gdn_heads=(4, 2), experts=(8, 2, 64, 48), tied=True, mtp=True, vision=False, seed=6),
+        Case(
+            "moe_tied_mtp",
+            heads=(4, 2),
+            gdn_heads=(4, 2),
+            experts=(8, 2, 64, 48),
+            tied=True,
+            mtp=True,
+            vision=False,
+            seed=6,
+        ),
         Case("attention_only", interval=1, layers=3, seed=7),
         # Head counts, widths and experts that eight shards divide …
         Case("mesh_dense", heads=(8, 8), gdn_heads=(16, 8), interval=2, layers=4, seed=8),
@@ -111,7 +120,7 @@ def hf_config(case: Case):
 
 
 class MtpHead(nn.Module):
-    """The multi-token-prediction layer, from the blocks of transformers (which drops `mtp.*`), under the checkpoint's names."""
+    """The multi-token-prediction layer (which transformers drops) from its blocks, under the checkpoint's names."""
 
     def __init__(self, text_config):
         super().__init__()
@@ -128,7 +137,7 @@ class MtpHead(nn.Module):
         self.norm = norm(width, eps=config.rms_norm_eps)
 
     def forward(self, embedding, hidden, cos_sin):
-        """Embedding of the next token and final hidden state [B,T,D] -> hidden state [B,T,D] that predicts the token after next."""
+        """Embedding of the next token and final hidden state [B,T,D] -> state [B,T,D] for the token after next."""
         x = self.fc(torch.cat([self.pre_fc_norm_embedding(embedding), self.pre_fc_norm_hidden(hidden)], dim=-1))
         length = x.shape[1]
         mask = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)[None, None]
@@ -231,7 +240,7 @@ def random_tokens(case: Case, shape: tuple[int, ...], seed: int) -> torch.Tensor
 
 @torch.inference_mode()
 def full_forward(oracle: Oracle, ids: torch.Tensor, layers: bool = False):
-    """Logits [B,T,V] of a batch without padding; with `layers` also the hidden states: embeddings, then after each decoder layer."""
+    """Logits [B,T,V] of a batch without padding; with `layers` also the states after embedding and each layer."""
     if not layers:
         return oracle.model(input_ids=ids, use_cache=False).logits
     hidden = [oracle.text_model.embed_tokens(ids)]
@@ -257,7 +266,7 @@ def greedy(oracle: Oracle, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def mtp_logits(oracle: Oracle, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [B,T-1,V] of the MTP layer: position i sees the final hidden state i and token i+1, and predicts token i+2."""
+    """Logits [B,T-1,V] of the MTP layer: position i sees final hidden state i and token i+1, predicts token i+2."""
     hidden = oracle.text_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     embedding = oracle.text_model.embed_tokens(ids[:, 1:])
     positions = torch.arange(hidden.shape[1]).expand(3, ids.shape[0], -1)

@@ -87,7 +87,12 @@ def references(tmp_path_factory):
 @pytest.fixture(scope="session")
 def models(references):
     """(name, mesh, dtype) -> the loaded LanguageModel."""
-    return functools.cache(lambda name, mesh="1x1", dtype="float32": qwen35_jax.load(references(name).directory, mesh=mesh, dtype=dtype))
+
+    @functools.cache
+    def load(name: str, mesh: str = "1x1", dtype: str = "float32") -> qwen35_jax.LanguageModel:
+        return qwen35_jax.load(references(name).directory, mesh=mesh, dtype=dtype)
+
+    return load
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -149,7 +154,8 @@ def test_right_padded_batch(references, models, name):
     segments = (np.arange(TOKENS) < np.array(LENGTHS)[:, None]).astype(np.int32)
     logits = np.asarray(lm.logits(np.where(segments, reference.ids, 0), segment_ids=segments))
     for row, length in enumerate(LENGTHS):
-        compare.check(reference.prompt_logits(row, length), logits[row, :length], f"{name}, padded row of {length} tokens")
+        ours = logits[row, :length]
+        compare.check(reference.prompt_logits(row, length), ours, f"{name}, padded row of {length} tokens")
     for chunk in (2048, 128):
         answers = lm.generate(prompts, max_new_tokens=NEW_TOKENS, temperature=0, ignore_eos=True, prefill_chunk=chunk)
         for row, answer in enumerate(answers):
@@ -190,7 +196,8 @@ def test_multi_token_prediction(references, models, name):
 def test_bfloat16_is_as_close_as_transformers(references, models, name):
     reference = references(name)
     expected, _ = reference.full
-    theirs = hf_models.full_forward(hf_models.to_bfloat16(reference.oracle), torch.tensor(reference.ids)).float().numpy()
+    rounded = hf_models.to_bfloat16(reference.oracle)
+    theirs = hf_models.full_forward(rounded, torch.tensor(reference.ids)).float().numpy()
     ours = models(name, dtype="bfloat16").logits(reference.ids)
     distance, allowed = compare.kl(expected, ours).mean(), BF16_FACTOR * compare.kl(expected, theirs).mean()
     print(f"{name}, bf16: mean KL to fp32 {distance:.3e}; transformers' is {allowed / BF16_FACTOR:.3e}")
