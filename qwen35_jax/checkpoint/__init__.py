@@ -1,4 +1,4 @@
-"""Checkpoints: Hugging Face safetensors and converted (Orbax) directories, through one interface into sharded arrays."""
+"""Checkpoints: Hugging Face safetensors and converted (Orbax) directories, one interface, into sharded arrays."""
 
 from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_mtp
 from qwen35_jax.checkpoint.load import load_params

@@ -27,7 +27,7 @@ class Expected:
 
 
 def expected_tensors(source: CanonicalSource, config: ModelConfig, *, mtp: bool = False) -> dict[str, Expected]:
-    """What the source must hold: the text model always; vision and (unless `mtp` demands it) MTP where any of it is there."""
+    """What the source must hold: the text model; vision and (unless `mtp` demands it) MTP where any of it is there."""
     parts = tensor_parts(config, mtp=mtp or source_has_mtp(source))
     expected = {name: Expected(views[0][1].tensor_shape, views[0][1].fp8) for name, views in parts.items()}
     if any(name.startswith(VISION) for name in source.tensors):

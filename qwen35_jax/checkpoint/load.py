@@ -45,13 +45,13 @@ def load_params(source: TensorSource, config: ModelConfig, abstract: dict, *, pr
     Args:
         source: a checkpoint of any layout. All its tensors are accounted for; those that `abstract` asks for are read.
         config: of the model.
-        abstract: nested dict of ShapeDtypeStructs with shardings, or Fp8Weights of them; "units" is one dict whose leaves
-            have a leading unit axis, or a tuple of dicts. Plain leaves are cast (FP8 is dequantised); Fp8Weights are kept
-            as stored.
+        abstract: nested dict of ShapeDtypeStructs with shardings, or Fp8Weights of them; "units" is one dict whose
+            leaves have a leading unit axis, or a tuple of dicts. Plain leaves are cast (FP8 is dequantised); Fp8Weights
+            are kept as stored.
         progress: show a bar on stderr.
 
-    Each device's shard is read on its own; on CPU the memory read into is the array. Raises UserError listing all tensors
-    that are missing, unexpected or of the wrong shape or dtype, before anything is read.
+    Each device's shard is read on its own; on CPU the memory read into is the array. Raises UserError listing all
+    tensors that are missing, unexpected or of the wrong shape or dtype, before anything is read.
     """
     source = source if isinstance(source, CanonicalSource) else CanonicalSource(source, config)
     check(source, config, mtp="mtp" in abstract)

@@ -116,7 +116,8 @@ class OrbaxSource:
         directory = os.fspath(self.directory / STATE / name) + "/"
         place: Any = {"driver": "file", "path": directory} if is_local(directory) else directory
         try:
-            stored = ts.open({"driver": "zarr", "kvstore": place}, context=self._context, open=True, read=True).result()
+            spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}  # a lost chunk is no zeros
+            stored = ts.open(spec, context=self._context, open=True, read=True).result()
         except (ValueError, OSError) as e:
             raise UserError(
                 f"{self.directory}: tensor {name} is missing or damaged ({str(e)[:200]}); convert again"

@@ -1,7 +1,7 @@
 """One `.safetensors` file: a reader that believes nothing the file says before checking it, and a streaming writer.
 
 Format: 8 bytes little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}` (plus `__metadata__`,
-strings only), then the data. Tensors must tile the data without holes or overlaps, as the reference implementation asks.
+strings only), then the data. Tensors must tile the data without holes or overlaps, as in the reference implementation.
 Local files are memory-mapped, so that a slice costs only the pages it touches; others (gs://) are read by byte range.
 """
 
@@ -179,7 +179,7 @@ class SafetensorsFile:
             )
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
-        """The tensor, or `tensor[index]` for slices of step 1: a read-only view of the mapped file; remote, an array."""
+        """The tensor, or `tensor[index]` for slices of step 1: a view of the mapped file; remote, an array."""
         info = self.tensors[name]
         if is_local(self.path):
             flat = np.frombuffer(self._mapped(), np.uint8, info.stop - info.start, self._data_start + info.start)
@@ -245,7 +245,7 @@ def make_header(
 def write_safetensors(path: epath.PathLike, header: bytes, data: Iterable[np.ndarray]) -> None:
     """Writes a file from its header and the tensors' data, in order, in pieces of any size.
 
-    The file appears under its name only when it is whole and on disk. ValueError where the data does not fit the header.
+    The file appears under its name when it is whole and on disk. ValueError where the data does not fit the header.
     """
     path = epath.Path(path)
     expected = parse_header(header, os.fspath(path)).data_size

@@ -1,0 +1,147 @@
+"""Conversion between Hugging Face safetensors and Orbax directories, both ways, without changing a bit."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import numpy as np
+import tqdm
+from etils import epath
+
+from qwen35_jax.checkpoint.accounting import check
+from qwen35_jax.checkpoint.canonical import CanonicalSource
+from qwen35_jax.checkpoint.opening import open_source
+from qwen35_jax.checkpoint.orbax_source import OrbaxSource, Record, Stored
+from qwen35_jax.checkpoint.orbax_writer import write_orbax
+from qwen35_jax.checkpoint.safetensors_file import Header, Index, is_local, write_safetensors
+from qwen35_jax.checkpoint.source import INDEX, RECORD, HuggingFaceSource
+from qwen35_jax.checkpoint.staging import staging
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.errors import UserError
+
+FORMS = ("orbax", "hf")
+PIECE_BYTES = 64 << 20
+
+Place = tuple[str, Index]  # which slice of which stored tensor
+
+
+def convert(src: str, dst: str, to: str = "orbax", *, revision: str | None = None, progress: bool = True) -> None:
+    """Converts a checkpoint, keeping every name, dtype and byte.
+
+    Args:
+        src: Hugging Face directory or hub id (for `to="orbax"`), or a directory that this function made (`to="hf"`).
+        dst: directory to make; local or gs://. It must not exist, and appears only when it is complete.
+        to: "orbax": one array per tensor, experts joined per layer, beside the configuration and tokenizer files and a
+            record of the source. "hf": the files of the original, byte for byte.
+        revision: of a hub id.
+        progress: show a bar on stderr.
+
+    A run that was killed is started afresh by the next one. Raises UserError for whatever is wrong with the input, for
+    a disk that fills up, and where `dst` exists.
+    """
+    if to not in FORMS:
+        raise UserError(f"cannot convert to {to!r}; choose one of {', '.join(FORMS)}")
+    source = open_source(src, revision)
+    if isinstance(source, OrbaxSource) == (to == "orbax"):
+        have, other = ("a converted checkpoint", "hf") if to == "orbax" else ("a Hugging Face checkpoint", "orbax")
+        raise UserError(f"{src} is {have} already; convert it --to {other}")
+    canonical = CanonicalSource(source, ModelConfig.from_hf(source.config))
+    check(canonical, ModelConfig.from_hf(source.config))
+    size = sum(_nbytes(spec) for spec in canonical.tensors.values())
+    try:
+        with staging(dst) as work, tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+            _check_space(work.parent, size)
+            if isinstance(source, HuggingFaceSource):
+                _to_orbax(source, canonical, work, bar.update)
+            else:
+                _to_hf(source, canonical, work, bar.update)
+            for file in source.files:
+                (work / file.name).write_bytes(file.read_bytes())
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError) as e:  # TensorStore reports a full disk as a ValueError
+        raise UserError(f"could not write {dst}: {_reason(e)}") from e
+
+
+def _nbytes(spec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def _check_space(directory: epath.Path, size: int) -> None:
+    if is_local(directory):
+        free = shutil.disk_usage(directory).free
+        if free < size:
+            raise UserError(
+                f"{directory.parent} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are to be written"
+            )
+
+
+def _reason(error: Exception) -> str:
+    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    return " ".join(text.split())[:300] or type(error).__name__
+
+
+def _to_orbax(
+    source: HuggingFaceSource, canonical: CanonicalSource, work: epath.Path, advance: Callable[[int], None]
+) -> None:
+    write_orbax(work, canonical, advance)
+    tensors = {name: Stored(entry.dtype, entry.shape) for name, entry in canonical.tensors.items()}
+    headers = {name: shard.header for name, shard in source.shards.items()}
+    fused = {name: entry.fused for name, entry in canonical.tensors.items()}
+    (work / RECORD).write_text(Record(tensors, headers, source.index).to_json(fused))
+
+
+def _to_hf(source: OrbaxSource, canonical: CanonicalSource, work: epath.Path, advance: Callable[[int], None]) -> None:
+    record = source.record
+    places = _places(record, canonical, source)
+    work.mkdir()
+    for name, header in record.shards.items():
+        write_safetensors(work / name, header.raw, _data(source, header, places, advance))
+    if record.index is not None:
+        (work / INDEX).write_bytes(record.index.encode())
+
+
+def _places(record: Record, canonical: CanonicalSource, source: OrbaxSource) -> dict[str, Place]:
+    """Where each tensor of the original lies in the converted ones. UserError where the record contradicts itself."""
+    original = {name: info for header in record.shards.values() for name, info in header.tensors.items()}
+    layout = SimpleNamespace(directory=source.directory, config=source.config, files=[], tensors=original)
+    fused = CanonicalSource(layout, ModelConfig.from_hf(source.config))
+    stored = {name: Stored(entry.dtype, entry.shape) for name, entry in fused.tensors.items()}
+    if stored != record.tensors or fused.missing or fused.problems:
+        raise UserError(f"{source.directory / RECORD} contradicts itself: convert the original checkpoint again")
+    places: dict[str, Place] = {}
+    for name, entry in fused.tensors.items():
+        for e, row in enumerate(entry.names):
+            height = entry.shape[1] // len(row) if entry.fused else 0
+            for part, original_name in enumerate(row):
+                index = (slice(e, e + 1), slice(part * height, (part + 1) * height)) if entry.fused else ()
+                places[original_name] = (name, index)
+    return places
+
+
+def _data(
+    source: OrbaxSource, header: Header, places: dict[str, Place], advance: Callable[[int], None]
+) -> Iterator[np.ndarray]:
+    """The data of one file, in order, in pieces."""
+    for original in header.tensors:
+        name, index = places[original]
+        for piece in [index] if index else _pieces(source, name):
+            array = source.read(name, piece)
+            yield array
+            advance(array.nbytes)
+
+
+def _pieces(source: OrbaxSource, name: str) -> Iterator[Index]:
+    """Cuts a tensor along its first axis, at multiples of what is stored together."""
+    spec = source.tensors[name]
+    if not spec.shape or _nbytes(spec) <= PIECE_BYTES:
+        yield ()
+        return
+    chunk = source.chunk_rows(name)
+    step = max(1, PIECE_BYTES * spec.shape[0] // _nbytes(spec) // chunk) * chunk
+    for start in range(0, spec.shape[0], step):
+        yield (slice(start, min(start + step, spec.shape[0])),)

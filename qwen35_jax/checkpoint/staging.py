@@ -1,0 +1,108 @@
+"""A directory that is either complete or not there: work happens beside it, and one rename makes it appear.
+
+Locally, `DST.partial/` holds the work and a lock; it is cleared by the next run if a run was killed, and removed by one
+that failed. Object stores cannot rename: there DST itself is written, and an object `DST.partial/lock` stands beside it
+until it is complete (`open_source` refuses DST while it does).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+
+from etils import epath
+
+from qwen35_jax.checkpoint.safetensors_file import is_local
+from qwen35_jax.checkpoint.source import PARTIAL, check_directory
+from qwen35_jax.errors import UserError
+
+WORK = "checkpoint"
+LOCK = "lock"
+
+
+@contextlib.contextmanager
+def staging(destination: epath.PathLike) -> Iterator[epath.Path]:
+    """Yields a path (that does not exist yet) to write into; after the block its contents are at `destination`.
+
+    After an exception nothing is at `destination`. UserError where something is there already or another run writes.
+    """
+    destination = epath.Path(destination)
+    if not destination.name or destination.name == "..":
+        raise UserError(f"{destination} cannot be written: name a new directory")
+    partial = destination.parent / (destination.name + PARTIAL)
+    stage = _local if is_local(destination) else _remote
+    with stage(destination, partial) as work:
+        yield work
+
+
+@contextlib.contextmanager
+def _local(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]:
+    _refuse_existing(destination)
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(partial):
+        try:
+            _clear(partial)
+            yield partial / WORK
+            _flush(partial / WORK)
+            os.rename(partial / WORK, destination)
+            _flush_directory(destination.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _remote(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]:
+    if (partial / LOCK).exists():
+        for leftover in (destination, *destination.parent.glob(destination.name + ".partial_save*")):
+            if leftover.exists():
+                leftover.rmtree()
+    _refuse_existing(destination)
+    partial.mkdir(parents=True, exist_ok=True)
+    (partial / LOCK).write_text(f"{destination} is being written; it is not complete while this object exists\n")
+    yield destination  # after an exception the lock stays: what was written is not taken for a checkpoint
+    partial.rmtree()
+
+
+def _refuse_existing(destination: epath.Path) -> None:
+    if check_directory(destination) and any(destination.iterdir()):
+        raise UserError(f"{destination} exists already; remove it or name another directory")
+
+
+@contextlib.contextmanager
+def _locked(partial: epath.Path) -> Iterator[None]:
+    """Holds the lock of a working directory; the system releases it when the process dies, however it does."""
+    foreign = [p.name for p in partial.iterdir() if p.name != LOCK and not p.name.startswith(WORK)]
+    if foreign:
+        raise UserError(f"{partial} is in the way: it holds {foreign[0]}, which no conversion put there; move it away")
+    with open(partial / LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another conversion is writing {partial}; wait for it") from None
+        yield
+
+
+def _clear(partial: epath.Path) -> None:
+    for leftover in partial.iterdir():
+        if leftover.name != LOCK:
+            leftover.rmtree() if leftover.is_dir() else leftover.unlink()
+
+
+def _flush(directory: epath.Path) -> None:
+    """Everything below the directory is on disk before the rename says that it is complete."""
+    for root, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(root, name), "rb") as f:
+                os.fsync(f.fileno())
+        _flush_directory(root)
+
+
+def _flush_directory(directory: epath.PathLike) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

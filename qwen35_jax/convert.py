@@ -1,0 +1,34 @@
+"""Command line: Hugging Face checkpoints to Orbax and back. `python -m qwen35_jax.convert --help`."""
+
+from __future__ import annotations
+
+import jax
+from absl import flags, logging
+
+from qwen35_jax import command
+from qwen35_jax.checkpoint.conversion import FORMS, convert
+from qwen35_jax.errors import UserError
+
+USAGE = """
+Converts a checkpoint between Hugging Face safetensors and Orbax, without changing a bit.
+
+  python -m qwen35_jax.convert SRC DST                  SRC is a Hugging Face directory or hub id
+  python -m qwen35_jax.convert SRC DST --to hf          SRC is a directory made by the line above
+
+DST (local or gs://) must not exist; it appears when it is complete. After an interruption run the same line again.
+"""
+
+TO = flags.DEFINE_enum("to", "orbax", FORMS, "what DST will be: Orbax arrays, or the files of the original")
+REVISION = flags.DEFINE_string("revision", None, "revision of a hub id")
+
+
+def main(arguments: list[str]) -> None:
+    if len(arguments) != 2:
+        raise UserError(f"expected SRC and DST, got {len(arguments)} arguments; see --help")
+    jax.config.update("jax_platforms", "cpu")  # Orbax asks JAX for its devices; files need no accelerator
+    logging.set_verbosity(logging.ERROR)  # Orbax warns that there is no OCDBT to merge
+    convert(*arguments, TO.value, revision=REVISION.value)
+
+
+if __name__ == "__main__":
+    command.run(main, USAGE)
