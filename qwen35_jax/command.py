@@ -30,7 +30,8 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
             raise SystemExit(1) from None
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
     except KeyboardInterrupt:
-        _fail("interrupted", 130)
+        print("error: interrupted", file=sys.stderr, flush=True)
+        os._exit(130)  # a compilation in another thread would hold an ordinary exit back until it is done
 
 
 def _fail(message: str, status: int) -> None:

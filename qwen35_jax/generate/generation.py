@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
@@ -70,24 +71,38 @@ def slot_bucket(rows: int, shards: int) -> int:
 
 
 class Programs:
-    """Compiled steps by shape. Compiles each once, and counts how many and how long."""
+    """Compiled steps by shape. Each is compiled once; two compile at a time, so that the first token need not wait for decode."""
 
     def __init__(self, model: Model, params: dict, vocabulary: int):
         self.model, self.params, self.vocabulary = model, params, vocabulary
-        self.compiled: dict[tuple, Callable] = {}
-        self.seconds = 0.0
+        self.seconds = 0.0  # waited for compilation
+        self._futures: dict[tuple, concurrent.futures.Future] = {}
+        self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2)
+
+    @property
+    def count(self) -> int:
+        """How many programs have been compiled."""
+        return len(self._futures)
+
+    def start(self, make: Callable[..., steps.Program], *shape, **options) -> concurrent.futures.Future:
+        """Begins to compile `make(model, *shape, **options)`, unless that has been done."""
+        key = (make, shape, tuple(options.items()))
+        if key not in self._futures:
+            self._futures[key] = self._pool.submit(self._compile, make, shape, options)
+        return self._futures[key]
 
     def get(self, make: Callable[..., steps.Program], *shape, **options) -> Callable:
-        """The compiled `make(model, *shape, **options)`; host arrays passed to it are placed as it expects them."""
-        key = (make, shape, tuple(options.items()))
-        if key not in self.compiled:
-            begin = time.perf_counter()
-            stacked = not isinstance(self.params["units"], tuple)
-            options = options if make is steps.make_empty else options | {"stacked": stacked}
-            program = make(self.model, *shape, **options)
-            self.compiled[key] = _placing(program.compile(), program.arguments)
-            self.seconds += time.perf_counter() - begin
-        return self.compiled[key]
+        """The compiled program; host arrays passed to it are placed as it expects them."""
+        future = self.start(make, *shape, **options)
+        begin = time.perf_counter()
+        compiled = future.result()
+        self.seconds += time.perf_counter() - begin
+        return compiled
+
+    def _compile(self, make: Callable[..., steps.Program], shape: tuple, options: dict) -> Callable:
+        stacked = not isinstance(self.params["units"], tuple)
+        program = make(self.model, *shape, **(options if make is steps.make_empty else options | {"stacked": stacked}))
+        return _placing(program.compile(), program.arguments)
 
 
 def _placing(compiled: Callable, arguments: tuple) -> Callable:
@@ -133,23 +148,28 @@ class Generation:
             "stop": np.zeros(self.slots, bool),
         }
 
-    def warm(self) -> None:
-        """Compiles every step that this batch needs."""
+    def _start(self) -> None:
+        """Begins to compile all that this batch needs, in the order of need."""
         for length in sorted(set(self.chunks)):
-            self._program(steps.make_prefill, self.slots, length)
-        self._program(steps.make_empty)
-        self._program(steps.make_first)
-        self._program(steps.make_decode)
+            self.programs.start(steps.make_prefill, *self._shape(steps.make_prefill, self.slots, length))
+        for make in (steps.make_empty, steps.make_first, steps.make_decode):
+            self.programs.start(make, *self._shape(make))
+
+    def _shape(self, make: Callable, *extra: int) -> tuple:
+        vocabulary = () if make in (steps.make_empty, steps.make_prefill) else (self.programs.vocabulary,)
+        return (self.slots, *extra, self.capacity, *vocabulary)
 
     def _program(self, make: Callable, *extra: int) -> Callable:
-        vocabulary = () if make in (steps.make_empty, steps.make_prefill) else (self.programs.vocabulary,)
-        return self.programs.get(make, self.slots, *extra, self.capacity, *vocabulary)
+        return self.programs.get(make, *self._shape(make, *extra))
 
     def prefill(self) -> Iterator[tuple[int, list[int]]]:
         """Reads the prompts and yields the first token of each row."""
-        self.warm()
+        self._start()
+        for length in sorted(set(self.chunks)):
+            self._program(steps.make_prefill, self.slots, length)
+        empty, first = self._program(steps.make_empty), self._program(steps.make_first)
         begin = time.perf_counter()
-        self.session = self._program(steps.make_empty)()
+        self.session = empty()
         shard_slots = self.slots // self.programs.model.sharding.batch
         slot_ids = np.arange(self.slots, dtype=np.int32) % shard_slots
         params, offset = self.programs.params, 0
@@ -161,7 +181,6 @@ class Generation:
             prefill = self._program(steps.make_prefill, self.slots, length)
             self.session = prefill(params, self.session, tokens, count, slot_ids)
             offset += length
-        first = self._program(steps.make_first)
         self.session, chosen = first(params, self.session, self.controls, self.alive)
         chosen = np.asarray(chosen)
         self.timing.prefill_seconds += time.perf_counter() - begin
@@ -172,8 +191,8 @@ class Generation:
     def decode(self, streaming: bool) -> Iterator[tuple[int, list[int]]]:
         """Runs the loop on the device once and yields what each live row said."""
         count = self._steps() if streaming else steps.MAX_STEPS
-        begin = time.perf_counter()
         decode = self._program(steps.make_decode)
+        begin = time.perf_counter()
         self.session, tokens = decode(self.programs.params, self.session, self.controls, np.int32(count))
         tokens = np.asarray(tokens)
         elapsed = time.perf_counter() - begin

@@ -31,15 +31,14 @@ class GatedAttention(nnx.Module):
         self.k_norm = declare(config, "H", (h,), "zeros")
         self.out = declare(config, "N H D", (n, h, d), fp8=True)
         self.eps, self.sharding, self.forms = config.rms_norm_eps, sharding, forms
-
     @jax.named_scope("gated_attention")
     def __call__(self, x: jax.Array, inputs: Inputs, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] -> ([B, T, D], the unit's cache with the new keys and values)."""
-        s = self.sharding
-        q_gate = linear(x, s.repeat_heads(self.q_gate.get_value(), "D N G H", "N"), "BTD,DNGH->BTNGH")
+        s, form = self.sharding, self.forms.linear
+        q_gate = linear(x, s.repeat_heads(self.q_gate.get_value(), "D N G H", "N"), "BTD,DNGH->BTNGH", implementation=form)
         q, gate = q_gate[..., 0, :], q_gate[..., 1, :]
-        k = linear(x, s.repeat_heads(self.k.get_value(), "D K H", "K"), "BTD,DKH->BTKH")
-        v = linear(x, s.repeat_heads(self.v.get_value(), "D K H", "K"), "BTD,DKH->BTKH")
+        k = linear(x, s.repeat_heads(self.k.get_value(), "D K H", "K"), "BTD,DKH->BTKH", implementation=form)
+        v = linear(x, s.repeat_heads(self.v.get_value(), "D K H", "K"), "BTD,DKH->BTKH", implementation=form)
         q = apply_rotary(rms_norm(q, self.q_norm.get_value(), self.eps), inputs.cos, inputs.sin)
         k = apply_rotary(rms_norm(k, self.k_norm.get_value(), self.eps), inputs.cos, inputs.sin)
         if cache is None:
@@ -48,7 +47,7 @@ class GatedAttention(nnx.Module):
             y, cache = self._attend_cached(q, k, v, inputs, cache)
         y = s.constrain(y * jax.nn.sigmoid(gate), "B T N H")
         out = s.repeat_heads(self.out.get_value(), "N H D", "N", once=True)
-        return s.constrain(linear(y, out, "BTNH,NHD->BTD"), "B T D"), cache
+        return s.constrain(linear(y, out, "BTNH,NHD->BTD", implementation=form), "B T D"), cache
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> jax.Array:
         def local(q, k, v, segment_ids):

@@ -143,7 +143,8 @@ class Model:
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V], V cut over `model`."""
         kernel = params["embed"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]["kernel"]
-        return self.sharding.constrain(linear(hidden, kernel, "BTD,VD->BTV", out_dtype=jnp.float32), "B T V")
+        logits = linear(hidden, kernel, "BTD,VD->BTV", out_dtype=jnp.float32, implementation=self.forms.linear)
+        return self.sharding.constrain(logits, "B T V")
 
     def mtp_hidden(self, params: dict, hidden: jax.Array, next_tokens: jax.Array, inputs: Inputs, cache: dict | None = None):
         """Hidden states [B, T, D] of positions i and token ids [B, T] of i+1 -> (states [B, T, D] that `logits` turns into

@@ -61,13 +61,13 @@ class GatedDeltaNet(nnx.Module):
         o, state = mapped(project, weights, inputs.segment_ids, inputs.slots, state)
         y = gated_rms_norm(o, self._project(x, self.z, "D N H"), self.norm.get_value(), self.eps)
         out = self.sharding.repeat_heads(self.out.get_value(), "N H D", "N", once=True)
-        y = linear(self.sharding.constrain(y, "B T N H"), out, "BTNH,NHD->BTD")
+        y = linear(self.sharding.constrain(y, "B T N H"), out, "BTNH,NHD->BTD", implementation=self.forms.linear)
         return self.sharding.constrain(y, "B T D"), state
 
     def _project(self, x: jax.Array, weight: nnx.Param, axes: str) -> jax.Array:
         letters = axes.replace(" ", "")
         weight = self.sharding.repeat_heads(weight.get_value(), axes, letters[1])
-        return linear(x, weight, f"BTD,{letters}->BT{letters[1:]}")
+        return linear(x, weight, f"BTD,{letters}->BT{letters[1:]}", implementation=self.forms.linear)
 
     def _mix(self, x: dict, w: dict, segment_ids: jax.Array, slots: jax.Array | None, state: dict | None):
         """Convolution, gates and recurrence on one device's heads and rows."""

@@ -18,19 +18,21 @@ from qwen35_jax.sharding import Sharding
 class DenseMlp(nnx.Module):
     """down(silu(gate(x)) * up(x)) of width F."""
 
-    def __init__(self, config: ModelConfig, width: int, sharding: Sharding):
+    def __init__(self, config: ModelConfig, width: int, sharding: Sharding, forms: Forms):
         d = config.hidden_size
         self.gate = declare(config, "D F", (d, width), fp8=True)
         self.up = declare(config, "D F", (d, width), fp8=True)
         self.down = declare(config, "F D", (width, d), fp8=True)
-        self.sharding = sharding
+        self.sharding, self.forms = sharding, forms
 
     @jax.named_scope("dense_mlp")
     def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]."""
-        hidden = jax.nn.silu(linear(x, self.gate.get_value(), "BTD,DF->BTF")) * linear(x, self.up.get_value(), "BTD,DF->BTF")
-        hidden = self.sharding.constrain(hidden, "B T F")
-        return self.sharding.constrain(linear(hidden, self.down.get_value(), "BTF,FD->BTD"), "B T D")
+        form = self.forms.linear
+        gate = linear(x, self.gate.get_value(), "BTD,DF->BTF", implementation=form)
+        up = linear(x, self.up.get_value(), "BTD,DF->BTF", implementation=form)
+        hidden = self.sharding.constrain(jax.nn.silu(gate) * up, "B T F")
+        return self.sharding.constrain(linear(hidden, self.down.get_value(), "BTF,FD->BTD", implementation=form), "B T D")
 
 
 class Experts(nnx.Module):
@@ -49,24 +51,24 @@ class MoeMlp(nnx.Module):
         # "X": the router's columns are experts too, but every device needs all of them.
         self.router = declare(config, "D X", (config.hidden_size, config.num_experts))
         self.experts = Experts(config)
-        self.shared = DenseMlp(config, config.shared_expert_intermediate_size, sharding)
+        self.shared = DenseMlp(config, config.shared_expert_intermediate_size, sharding, forms)
         self.shared_gate = declare(config, "D", (config.hidden_size,))
         self.top_k, self.sharding, self.forms = config.num_experts_per_tok, sharding, forms
 
     @jax.named_scope("moe_mlp")
     def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; padding is routed nowhere."""
-        logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32)
+        logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32, implementation=self.forms.linear)
         routing = route(logits, self.top_k, inputs.segment_ids > 0)
         experts = {"gate_up": self.experts.gate_up.get_value(), "down": self.experts.down.get_value()}
         routed = moe_apply(x, routing, experts, self.sharding, self.forms.moe, implementation=self.forms.grouped_linear)
-        gate = jax.nn.sigmoid(linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32))
+        gate = linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32, implementation=self.forms.linear)
         shared = self.shared(x, inputs)
-        return self.sharding.constrain(routed + (gate[..., None] * shared).astype(x.dtype), "B T D")
+        return self.sharding.constrain(routed + (jax.nn.sigmoid(gate)[..., None] * shared).astype(x.dtype), "B T D")
 
 
 def make_mlp(config: ModelConfig, sharding: Sharding, forms: Forms) -> nnx.Module:
     """The block that this model has in every layer."""
     if config.num_experts:
         return MoeMlp(config, sharding, forms)
-    return DenseMlp(config, config.intermediate_size, sharding)
+    return DenseMlp(config, config.intermediate_size, sharding, forms)
