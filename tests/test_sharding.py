@@ -1,0 +1,91 @@
+"""Meshes, logical axes and what each parameter becomes on a mesh."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from qwen35_jax import ModelConfig, UserError
+from qwen35_jax.sharding import Sharding, check_mesh, make_mesh, parse_mesh
+
+
+@pytest.mark.parametrize(("text", "shape"), [("8x1", (1, 8, 1)), ("1x8", (1, 1, 8)), ("2x2x2", (2, 2, 2)), (" 4x2 ", (1, 4, 2))])
+def test_parse_mesh(text, shape):
+    assert parse_mesh(text) == shape
+
+
+@given(st.text(alphabet="0123456789x-+ ", max_size=8))
+def test_whatever_is_typed_is_a_mesh_or_one_line(text):
+    try:
+        assert all(n > 0 for n in parse_mesh(text))
+    except UserError as error:
+        assert "8x1" in str(error) and "\n" not in str(error)
+
+
+def test_too_few_devices_says_how_many_there_are():
+    with pytest.raises(UserError, match="needs 64 devices, but there are 8"):
+        make_mesh("64x1")
+
+
+def sharding(mesh: str) -> Sharding:
+    return Sharding(make_mesh(mesh))
+
+
+def test_specs():
+    s = sharding("4x2")
+    assert s.spec("B T N H") == P(("replica", "data"), None, ("model",), None)
+    with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+        s.spec("N F")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "axes", "shapes", "spec"),
+    [
+        ("1x8", "D K H", [(16, 2, 4)], P(None, None, None)),  # fewer heads than shards: whole, repeated at compute
+        ("1x8", "D N H", [(16, 8, 4)], P(None, ("model",), None)),
+        ("4x2", "E D F", [(8, 16, 4)], P(("data", "model"), None, None)),
+        ("4x2", "E D F", [(4, 16, 4)], P(("data",), None, ("model",))),
+        ("1x4", "D F", [(512, 512), (4, 4)], P(None, ("model",))),
+        ("1x4", "D F", [(512, 256), (4, 2)], P(None, None)),  # 2 FP8 blocks do not go on 4 shards
+    ],
+)
+def test_parameter_specs(mesh, axes, shapes, spec):
+    assert sharding(mesh).parameter_spec(axes, *shapes) == spec
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x4", "4x2", "1x1"])
+def test_repeated_heads_and_their_gradient(mesh):
+    s = sharding(mesh)
+    w = jnp.arange(24.0).reshape(3, 2, 4)
+    repeats = max(1, s.model // 2)
+    repeated = jax.jit(lambda w: s.repeat_heads(w, "D K H", "K"))(w)
+    np.testing.assert_array_equal(repeated, np.repeat(w, repeats, axis=1))
+    gradient = jax.jit(jax.grad(lambda w: s.repeat_heads(w, "D K H", "K").sum()))(w)
+    np.testing.assert_array_equal(gradient, np.full(w.shape, repeats))
+    once = jax.jit(lambda w: s.repeat_heads(w, "D K H", "K", once=True))(w)
+    np.testing.assert_array_equal(once.sum(1), w.sum(1))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "change", "message"),
+    [
+        ("1x8", {"num_attention_heads": 6, "num_key_value_heads": 6}, r"num_attention_heads \(6\); meshes of 8 devices that work: 8x1, 4x2"),
+        ("8x1", {"num_experts": 12}, r"data shards do not divide num_experts \(12\).*4x2"),
+        ("1x8", {"vocab_size": 4095}, r"do not divide vocab_size \(4095\).*8x1"),
+        ("1x8", {"shared_expert_intermediate_size": 100}, "shared_expert_intermediate_size"),
+    ],
+)
+def test_meshes_that_do_not_fit_name_those_that_do(mesh, change, message):
+    config = ModelConfig.preset("tiny").replace(**change)
+    with pytest.raises(UserError, match=message):
+        check_mesh(config, sharding(mesh))
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "4x2", "2x4", "1x8", "2x2x2", "1x1"])
+def test_tiny_fits_the_meshes_of_the_readme(mesh):
+    check_mesh(ModelConfig.preset("tiny"), sharding(mesh))
