@@ -17,13 +17,14 @@ KINDS = (
     "collective-broadcast",
 )
 # `%name = SHAPE kind(` with a plain or a tuple shape. `-start` is the asynchronous form; its `-done` is not counted.
-# Collectives wrapped in an async-start or fused by the TPU compiler stand in a computation of their own, counted once.
+# Collectives wrapped in an async-start or fused by the TPU compiler stand in a computation of their own.
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 # Three spellings of who talks to whom: [groups,size]<=..., {{0,1},{2,3}}, mesh['data'=2,'model'=4] {'data'}
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +63,11 @@ def _group(line: str) -> int:
 
 
 def collectives(hlo: str) -> list[Collective]:
-    """The collectives of `compiled.as_text()`, in the order of the text. One inside a loop is listed once."""
-    found, computation = [], ""
+    """The collectives of `compiled.as_text()`, in the order of the text. One inside a loop is listed once.
+
+    The TPU compiler hides a collective behind several computations by putting a copy of it into each: what has the same
+    kind, size and channel in another computation is such a copy and is left out."""
+    found, computation, first_seen = [], "", {}
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             computation = header.group(1)
@@ -72,7 +76,10 @@ def collectives(hlo: str) -> list[Collective]:
             size, group = _largest_array(shape), _group(line)
             if kind == "reduce-scatter" and not start:  # its signature shows the result; the asynchronous form both
                 size *= group
-            found.append(Collective(kind, size, group, computation, line.strip()))
+            channel = _CHANNEL.search(line)
+            key = (kind, size, channel.group(1)) if channel else (len(found),)
+            if first_seen.setdefault(key, computation) == computation:
+                found.append(Collective(kind, size, group, computation, line.strip()))
     return found
 
 

@@ -65,3 +65,19 @@ ENTRY %main.5_spmd (p: bf16[4,8]) -> bf16[8,8] {
         ("all-gather", 128, 2, "main.5_spmd"),
         ("all-reduce", 16, 8, "main.5_spmd"),
     ]
+
+
+def test_copies_of_one_collective_count_once():
+    text = """
+%fused_computation.1 (p: bf16[4,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2]
+}
+%async_collective_fusion.2 (p: bf16[4,8]) -> bf16[8,8] {
+  %b = bf16[8,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,2]<=[2]
+}
+ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
+  %c = bf16[8,8]{1,0} all-gather(%p), channel_id=8, replica_groups=[1,2]<=[2]
+  %d = bf16[8,8]{1,0} all-gather(%c), channel_id=8, replica_groups=[1,2]<=[2]
+}
+"""
+    assert hlo.counts(text) == {"all-gather": 3}
