@@ -2,8 +2,8 @@
 
     python -m tests.aot.run '{"target": "v5e", "mesh": "2x4", "model": "0.8b", "step": "decode"}'
 
-One compilation a process: the compilers keep state, one that crashes takes its process along, and the TPU compiler wants
-its settings in the environment before JAX is imported.
+One compilation a process: the compilers keep state, one that crashes takes its process along, and the TPU compiler
+wants its settings in the environment before JAX is imported.
 """
 
 from __future__ import annotations
@@ -44,10 +44,13 @@ class Case:
     fp8: bool = False
 
 
-def make_program(case: Case) -> Program:
+def _config(case: Case) -> ModelConfig:
     config = ModelConfig.preset(case.model).replace(fp8_weights=case.fp8)
-    if case.layers:
-        config = config.replace(num_hidden_layers=case.layers)
+    return config.replace(num_hidden_layers=case.layers) if case.layers else config
+
+
+def make_program(case: Case) -> Program:
+    config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
     model = Model(config, Sharding(mesh), resolve_forms(mesh))
     if case.step == "decode":
@@ -56,14 +59,18 @@ def make_program(case: Case) -> Program:
 
 
 def compile_case(case: Case) -> dict:
-    """Seconds, bytes per device and collectives of the compiled step."""
-    start = time.perf_counter()
+    """Seconds, bytes per device and collectives [kind, bytes, group, computation] of the compiled step, and the sizes
+    of the model that they follow from."""
+    config, start = _config(case), time.perf_counter()
     lowered = make_program(case).lower()
     lowering = time.perf_counter() - start
     compiled = lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
+        "hidden_size": config.hidden_size,
+        "experts": config.num_experts,
+        "unit_layers": config.full_attention_interval,
         "lower_seconds": round(lowering, 1),
         "compile_seconds": round(time.perf_counter() - start - lowering, 1),
         "argument_bytes": memory.argument_size_in_bytes,
