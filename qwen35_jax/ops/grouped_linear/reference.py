@@ -14,6 +14,10 @@ def grouped_linear_reference(x: jax.Array, w: jax.Array | Fp8Weight, group_sizes
     rows, ins = x.shape[0], x.ndim - 1
     ends = jnp.cumsum(group_sizes)
     group = jnp.searchsorted(ends, jnp.arange(rows), side="right")  # E where the row belongs to none
-    chosen = jnp.where((group < w.shape[0]).reshape(-1, *[1] * (w.ndim - 1)), w[jnp.minimum(group, w.shape[0] - 1)], 0.0)
-    out = jnp.einsum("ri,rio->ro", x.astype(jnp.float32).reshape(rows, -1), chosen.reshape(rows, x[0].size, -1), precision="highest")
+    chosen = jnp.where(
+        (group < w.shape[0]).reshape(-1, *[1] * (w.ndim - 1)), w[jnp.minimum(group, w.shape[0] - 1)], 0.0
+    )
+    out = jnp.einsum(
+        "ri,rio->ro", x.astype(jnp.float32).reshape(rows, -1), chosen.reshape(rows, x[0].size, -1), precision="highest"
+    )
     return out.reshape(rows, *w.shape[1 + ins :])

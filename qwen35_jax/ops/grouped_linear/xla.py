@@ -1,4 +1,7 @@
-"""`grouped_linear` in plain XLA: a loop over blocks of rows of one group each, as many as the routed rows fill."""
+"""`grouped_linear` in plain XLA: a loop over blocks of rows of one group, as many blocks as the routed rows fill.
+
+`lax.ragged_dot` is a kernel on TPU and is used there; on CPU and GPU XLA turns it into E times the work.
+"""
 
 from __future__ import annotations
 
@@ -10,96 +13,27 @@ import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
-
-MAX_BLOCK = 128
+from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take, take_rows
 
 
 def grouped_linear_xla(x: jax.Array, w: jax.Array | Fp8Weight, group_sizes: jax.Array) -> jax.Array:
     """See `qwen35_jax.ops.grouped_linear.grouped_linear`."""
     shape = w.values.shape if isinstance(w, Fp8Weight) else w.shape
-    ins = x.shape[1:]
+    rows, ins, outs = x.shape[0], x.shape[1:], shape[x.ndim :]
     if shape[1 : x.ndim] != ins or group_sizes.shape != shape[:1]:
         raise UserError(f"grouped_linear: x {x.shape}, w {shape} and group_sizes {group_sizes.shape} do not fit")
-    outs = shape[x.ndim :]
-    if x.shape[0] == 0 or math.prod(outs) == 0:
-        return jnp.zeros((x.shape[0], *outs), x.dtype)
+    if 0 in x.shape or 0 in shape:
+        return jnp.zeros((rows, *outs), x.dtype)
     if isinstance(w, Fp8Weight):
-        out = _fp8_product(len(ins), x, w, group_sizes)
-    else:
-        out = _product(x.reshape(x.shape[0], -1), w.astype(x.dtype).reshape(shape[0], math.prod(ins), -1), group_sizes)
-    return out.reshape(x.shape[0], *outs)
-
-
-def block_rows(rows: int, groups: int) -> int:
-    """Rows of one block: about the mean size of a group, a power of two."""
-    return min(MAX_BLOCK, 1 << max(0, math.ceil(math.log2(max(1, rows / groups)))))
-
-
-def _blocks(group_sizes: jax.Array, size: int):
-    """(the number of blocks, a function from a block's index to its group, first row and end of its group)."""
-    ends = jnp.cumsum(group_sizes)
-    block_ends = jnp.cumsum((group_sizes + size - 1) // size)
-
-    def locate(i):
-        group = jnp.searchsorted(block_ends, i, side="right")
-        first = ends[group] - group_sizes[group]
-        done = block_ends[group] - (group_sizes[group] + size - 1) // size
-        return group, first + (i - done) * size, ends[group]
-
-    return block_ends[-1], locate
-
-
-def _for_blocks(group_sizes, rows: int, body, init):
-    """carry = body(carry, group, start, mine) for every block; rows start .. start + len(mine), `mine` [size, 1] marks its own."""
-    size = min(rows, block_rows(rows, group_sizes.shape[0]))
-    count, locate = _blocks(group_sizes, size)
-
-    def step(i, carry):
-        group, first, end = locate(i)
-        start = jnp.minimum(first, rows - size)  # a slice must lie inside the array
-        index = start + jnp.arange(size)
-        return body(carry, group, start, size, ((index >= first) & (index < end))[:, None])
-
-    return jax.lax.fori_loop(0, count, step, init)
-
-
-def _forward(x, weight_of, group_sizes, out_width: int):
-    """Rows times weight_of(group) [in, out] float32."""
-
-    def body(out, group, start, size, mine):
-        rows = jax.lax.dynamic_slice_in_dim(x, start, size).astype(jnp.float32)
-        y = jnp.dot(rows, weight_of(group)).astype(x.dtype)
-        old = jax.lax.dynamic_slice_in_dim(out, start, size)
-        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
-
-    return _for_blocks(group_sizes, x.shape[0], body, jnp.zeros((x.shape[0], out_width), x.dtype))
-
-
-def _outer(x, dy, group_sizes):
-    """The weight gradient: x [R, in], dy [R, out] -> [E, in, out] float32."""
-
-    def body(dw, group, start, size, mine):
-        rows = jnp.where(mine, jax.lax.dynamic_slice_in_dim(x, start, size), 0).astype(jnp.float32)
-        grads = jax.lax.dynamic_slice_in_dim(dy, start, size).astype(jnp.float32)
-        return dw.at[group].add(jnp.dot(rows.T, grads))
-
-    init = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
-    return _for_blocks(group_sizes, x.shape[0], body, init)
+        return _fp8_product(x, w, group_sizes).reshape(rows, *outs)
+    w = w.astype(x.dtype).reshape(shape[0], math.prod(ins), math.prod(outs))
+    return _product(x.reshape(rows, -1), w, group_sizes).reshape(rows, *outs)
 
 
 @jax.custom_vjp
 def _product(x, w, group_sizes):
-    """x [R, in], w [E, in, out] of the same dtype."""
-
-    def loop(x, w, group_sizes):
-        return _forward(x, lambda group: w[group].astype(jnp.float32), group_sizes, w.shape[2])
-
-    return jax.lax.platform_dependent(x, w, group_sizes, tpu=_ragged_dot, default=loop)
-
-
-def _ragged_dot(x, w, group_sizes):
-    out = jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=x.dtype)
-    return jnp.where((jnp.arange(x.shape[0]) < group_sizes.sum())[:, None], out, 0)
+    """x [R, in], w [E, in, out] of the same dtype -> [R, out]."""
+    return jax.lax.platform_dependent(x, w, group_sizes, tpu=_ragged_dot, default=_forward_loop)
 
 
 def _product_forward(x, w, group_sizes):
@@ -107,43 +41,106 @@ def _product_forward(x, w, group_sizes):
 
 
 def _product_backward(residuals, dy):
-    x, w, group_sizes = residuals
-    dx = _forward(dy, lambda group: w[group].T.astype(jnp.float32), group_sizes, w.shape[1])
-    return dx, _outer(x, dy, group_sizes).astype(w.dtype), None
+    dx, dw = jax.lax.platform_dependent(*residuals, dy, tpu=_ragged_dot_backward, default=_backward_loop)
+    return dx, dw, None
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fp8_product(ins: int, x, w, group_sizes):
-    rows = x.shape[0]
-    out_width = math.prod(w.values.shape[1 + ins :])
-
-    def weight_of(group):
-        return _expert(w, group, x.dtype).reshape(-1, out_width)
-
-    return _forward(x.reshape(rows, -1), weight_of, group_sizes, out_width)
+def _ragged_dot(x, w, group_sizes):
+    out = jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=x.dtype)
+    return _zero_beyond(out, group_sizes)
 
 
-def _expert(w: Fp8Weight, group, dtype):
-    """Expert `group`, dequantised as the activations' dtype has it, in float32."""
-    return dequantize(Fp8Weight(w.values[group], w.scales[group]), dtype).astype(jnp.float32)
+def _ragged_dot_backward(x, w, group_sizes, dy):
+    """Of `ragged_dot` itself: rows beyond the groups have no group to send a gradient to."""
+    dot = functools.partial(jax.lax.ragged_dot, group_sizes=group_sizes, preferred_element_type=x.dtype)
+    dx, dw = jax.vjp(dot, x, w)[1](_zero_beyond(dy, group_sizes))
+    return _zero_beyond(dx, group_sizes), dw
 
 
-def _fp8_product_forward(ins, x, w, group_sizes):
-    return _fp8_product(ins, x, w, group_sizes), (x, w, group_sizes)
+def _zero_beyond(a, group_sizes):
+    return jnp.where((jnp.arange(a.shape[0]) < group_sizes.sum())[:, None], a, 0)
 
 
-def _fp8_product_backward(ins, residuals, dy):
+def _forward_loop(x, w, group_sizes):
+    return _rows_times(x, w, take, group_sizes, w.shape[2])
+
+
+def _backward_loop(x, w, group_sizes, dy):
+    dx = _rows_times(dy, w, lambda w, group: take(w, group).astype(jnp.float32).T, group_sizes, w.shape[1])
+    return dx, _outer_products(x, dy, group_sizes).astype(w.dtype)
+
+
+def _rows_times(x, w, weight_of, group_sizes, width: int):
+    """x [R, in] times weight_of(w, group) [in, width], block by block -> [R, width] in x's dtype."""
+
+    def block(out, operands, group, start, size, mine):
+        x, w = operands
+        y = _dot(take_rows(x, start, size), weight_of(w, group))
+        old = jax.lax.dynamic_slice_in_dim(out, start, size)
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
+
+    # Carried in float32: XLA:CPU would convert all of a bfloat16 array at every update of a slice of it.
+    out = jnp.zeros((x.shape[0], width), jnp.float32)
+    return for_blocks(block, out, (x, w), group_sizes, x.shape[0]).astype(x.dtype)
+
+
+def _dot(x, w):
+    """x [rows, in] times w [in, out] -> float32. One bfloat16 row is taken twice: see `linear` for what XLA:CPU is good at."""
+    if w.dtype == jnp.float32:
+        return jnp.dot(x.astype(jnp.float32), w)
+    rows = jnp.broadcast_to(x, (2, x.shape[1])) if x.shape[0] == 1 else x
+    return jnp.dot(rows, w, preferred_element_type=jnp.float32)[: x.shape[0]]
+
+
+def _outer_products(x, dy, group_sizes):
+    """The weight's gradient: x [R, in], dy [R, out] -> [E, in, out] float32."""
+
+    def block(dw, operands, group, start, size, mine):
+        x, dy = operands
+        rows = jnp.where(mine, take_rows(x, start, size).astype(jnp.float32), 0)
+        update = jnp.dot(rows.T, take_rows(dy, start, size).astype(jnp.float32))
+        old = jax.lax.dynamic_index_in_dim(dw, group, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(dw, old + update, group, 0)
+
+    dw = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
+    return for_blocks(block, dw, (x, dy), group_sizes, x.shape[0])
+
+
+@jax.custom_vjp
+def _fp8_product(x, w, group_sizes):
+    """x [R, *in], w [E, *in, *out] -> [R, out]; each group's weight is dequantised when it is used."""
+
+    def loop(x, w, group_sizes):
+        width = math.prod(w.values.shape[x.ndim :])
+        weight_of = functools.partial(_dequantized, dtype=x.dtype, shape=(-1, width))
+        return _rows_times(x.reshape(x.shape[0], -1), w, weight_of, group_sizes, width)
+
+    def tpu(x, w, group_sizes):
+        rows, groups = x.shape[0], w.values.shape[0]
+        return _ragged_dot(x.reshape(rows, -1), dequantize(w, x.dtype).reshape(groups, x[0].size, -1), group_sizes)
+
+    return jax.lax.platform_dependent(x, w, group_sizes, tpu=tpu, default=loop)
+
+
+def _dequantized(w: Fp8Weight, group, *, dtype, shape):
+    return dequantize(Fp8Weight(take(w.values, group), take(w.scales, group)), dtype).reshape(shape)
+
+
+def _fp8_product_forward(x, w, group_sizes):
+    return _fp8_product(x, w, group_sizes), (x, w, group_sizes)
+
+
+def _fp8_product_backward(residuals, dy):
     x, w, group_sizes = residuals
-    in_width = math.prod(x.shape[1:])
+    width = x[0].size
 
-    def weight_of(group):
-        return _expert(w, group, x.dtype).reshape(in_width, -1).T
+    def weight_of(w, group):
+        return _dequantized(w, group, dtype=x.dtype, shape=(width, -1)).astype(jnp.float32).T
 
-    dx = _forward(dy, weight_of, group_sizes, in_width)
-    return dx.reshape(x.shape), None, None
+    return _rows_times(dy, w, weight_of, group_sizes, width).astype(x.dtype).reshape(x.shape), None, None
 
 
 _fp8_product.defvjp(_fp8_product_forward, _fp8_product_backward)

@@ -1,14 +1,22 @@
-"""`linear` in plain XLA."""
+"""`linear` in plain XLA: an einsum, written for the CPU in the forms that XLA:CPU multiplies bfloat16 fast."""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
+
+# Up to this many rows, a weight stored [out, in] is multiplied and summed on the CPU instead of being converted to float32.
+FEW_ROWS = 16
+# One row is multiplied in this many parts of the contracted axis, each of at least MIN_PART. A constant, so that any
+# sharding of the axis over 2, 4 or 8 devices is a sharding of the parts.
+PARTS = 8
+MIN_PART = 128
 
 
 def linear_xla(x: jax.Array, w: jax.Array | Fp8Weight, spec: str, out_dtype) -> jax.Array:
@@ -21,13 +29,13 @@ def linear_xla(x: jax.Array, w: jax.Array | Fp8Weight, spec: str, out_dtype) -> 
 
 
 def _check(x: jax.Array, w: jax.Array, spec: str) -> None:
-    sizes = {}
     inputs = spec.partition("->")[0].split(",")
     if len(inputs) != 2 or (len(inputs[0]), len(inputs[1])) != (x.ndim, w.ndim):
         raise UserError(f"linear {spec!r} does not fit x {x.shape} and w {w.shape}")
+    sizes: dict[str, int] = {}
     for letter, size in zip(inputs[0] + inputs[1], x.shape + w.shape, strict=True):
         if sizes.setdefault(letter, size) != size:
-            raise UserError(f"linear {spec!r}: axis {letter} is {sizes[letter]} in x {x.shape} and {size} in w {w.shape}")
+            raise UserError(f"linear {spec!r}: axis {letter} differs in x {x.shape} and w {w.shape}")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -41,8 +49,7 @@ def _product_forward(spec, out_dtype, x, w):
 
 def _product_backward(spec, out_dtype, residuals, dy):
     x, w = residuals
-    inputs, out = spec.split("->")
-    x_axes, w_axes = inputs.split(",")
+    x_axes, w_axes, out = _axes(spec)
     dy = dy.astype(x.dtype)
     return _einsum(f"{out},{w_axes}->{x_axes}", dy, w, x.dtype), _einsum(f"{x_axes},{out}->{w_axes}", x, dy, w.dtype)
 
@@ -50,14 +57,68 @@ def _product_backward(spec, out_dtype, residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _einsum(spec: str, a: jax.Array, b: jax.Array, out_dtype) -> jax.Array:
-    def default(a, b):
-        return jnp.einsum(spec, a, b, preferred_element_type=out_dtype)
+def _axes(spec: str) -> tuple[str, str, str]:
+    inputs, out = spec.split("->")
+    return *inputs.split(","), out
 
-    def cpu(a, b):
-        return jnp.einsum(spec, a.astype(jnp.float32), b.astype(jnp.float32)).astype(out_dtype)
 
-    if a.dtype == jnp.float32:
-        return default(a, b).astype(out_dtype)
-    # XLA:CPU multiplies bfloat16 matrices thirty times slower than float32 ones.
-    return jax.lax.platform_dependent(a, b, cpu=cpu, default=default)
+def _einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype) -> jax.Array:
+    """The product itself. The form is chosen when it is lowered, since a program can be compiled for another platform."""
+
+    def default(x, w):
+        return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
+
+    def cpu(x, w):
+        return _cpu_bfloat16(spec, x, w).astype(out_dtype)
+
+    if x.dtype != jnp.bfloat16:
+        return default(x, w)
+    return jax.lax.platform_dependent(x, w, cpu=cpu, default=default)
+
+
+def _cpu_bfloat16(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum(spec, x, w) of bfloat16 arrays in float32 -> float32, for XLA:CPU.
+
+    XLA:CPU has bfloat16 kernels (YNNPACK) for a product [rows, in] x [in, out] with float32 result, at least two rows and both
+    operands stored in that order. Every other product it first writes out in float32, operands included, which is ten
+    times slower for one row and takes twice the weight's memory; so the common forms are brought into that shape.
+    """
+    x_axes, w_axes, out = _axes(spec)
+    summed = "".join(a for a in w_axes if a in x_axes)
+    kept = "".join(a for a in w_axes if a not in summed)
+    rows = math.prod(size for axis, size in zip(x_axes, x.shape, strict=True) if axis not in summed)
+    ends_in = x_axes.endswith(summed) and out == x_axes.removesuffix(summed) + kept
+    if summed and kept and ends_in and w_axes == summed + kept:
+        if rows == 1:
+            return _one_row(x, w, len(summed))
+        return _rows_times_columns(x, w, len(summed))
+    if summed and kept and ends_in and w_axes == kept + summed and rows <= FEW_ROWS:
+        return _multiply_and_sum(x, w, len(summed))
+    return jnp.einsum(spec, x.astype(jnp.float32), w.astype(jnp.float32))
+
+
+def _rows_times_columns(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
+    """x [..., *in] times w [*in, *out], with one summed axis."""
+    x = x.reshape(*x.shape[: x.ndim - summed], -1)
+    w = w.reshape(x.shape[-1], *w.shape[summed:])
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def _one_row(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
+    """x [1..., *in] times w [*in, *out]: the row taken twice, in parts of the first summed axis, which XLA:CPU does in one pass."""
+    first, width = w.shape[0], math.prod(w.shape[:summed])
+    parts = PARTS if first % PARTS == 0 and width >= PARTS * MIN_PART else 1
+    x_parts = jnp.broadcast_to(x.reshape(parts, 1, -1), (parts, 2, width // parts))
+    w_parts = w.reshape(parts, width // parts, -1)
+    y = jax.lax.dot_general(x_parts, w_parts, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
+    return y.sum(0)[0].reshape(x.shape[: x.ndim - summed] + w.shape[summed:])
+
+
+def _multiply_and_sum(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
+    """A few rows x [..., *in] times w [*out, *in], such as the vocabulary's matrix, without a float32 copy of w."""
+    batch, outs = x.shape[: x.ndim - summed], w.shape[: w.ndim - summed]
+    width = math.prod(w.shape[w.ndim - summed :])
+    rows = x.astype(jnp.float32).reshape(-1, width)
+    columns = w.astype(jnp.float32).reshape(-1, width)
+    y = (rows[0] * columns).sum(-1) if rows.shape[0] == 1 else (rows[:, None] * columns).sum(-1)
+    return y.reshape(batch + outs)

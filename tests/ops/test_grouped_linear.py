@@ -1,0 +1,178 @@
+"""`grouped_linear` against a dense loop, and what it costs."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.fp8 import quantize_weight
+from qwen35_jax.ops.fp8.reference import dequantize_reference
+from qwen35_jax.ops.grouped_linear import grouped_linear, grouped_linear_reference
+
+ROWS, GROUPS, IN, OUT = 150, 5, 192, (2, 40)
+SIZES = {
+    "ragged": (3, 0, 90, 17, 1),
+    "one row each": (1, 1, 1, 1, 1),
+    "all in one": (0, 0, 150, 0, 0),
+    "all in the last": (0, 0, 0, 0, 150),
+    "full": (30, 31, 29, 33, 27),
+    "none": (0, 0, 0, 0, 0),
+    "tail at the end": (0, 140, 0, 9, 1),
+}
+
+
+def operands(rows=ROWS, groups=GROUPS, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, IN), np.float32)
+    w = rng.standard_normal((groups, IN, *OUT), np.float32) / 8
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+def dense(x, w, sizes):
+    """One product after the other, float64."""
+    x, w = (np.asarray(a).astype(np.float64) for a in (x, w))
+    out, start = np.zeros((x.shape[0], *w.shape[x.ndim :])), 0
+    for size, weight in zip(sizes, w, strict=True):
+        out[start : start + size] = np.tensordot(x[start : start + size], weight, x.ndim - 1)
+        start += size
+    return out
+
+
+def error(a, b):
+    b = np.asarray(b).astype(np.float64)
+    return np.abs(np.asarray(a).astype(np.float64) - b).max() / max(np.abs(b).max(), 1e-9)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_values(name):
+    sizes = jnp.asarray(SIZES[name], jnp.int32)
+    for dtype, bound in ((jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)):
+        x, w = operands(dtype=dtype)
+        y = jax.jit(grouped_linear)(x, w, sizes)
+        assert y.dtype == dtype and y.shape == (ROWS, *OUT) and error(y, dense(x, w, SIZES[name])) < bound
+        assert not np.asarray(y[sum(SIZES[name]) :]).any()
+        assert error(grouped_linear_reference(x, w, sizes), dense(x, w, SIZES[name])) < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 33])
+def test_few_rows(rows):
+    for sizes in ([rows, 0, 0, 0, 0], [0, rows - 1, 0, 0, 1], [0, 0, 0, 0, rows - 1]):
+        x, w = operands(rows, dtype=jnp.bfloat16)
+        y = jax.jit(grouped_linear)(x, w, jnp.asarray(sizes, jnp.int32))
+        assert error(y, dense(x, w, sizes)) < 4e-3
+
+
+def test_several_input_axes_and_nothing():
+    x, w = operands()
+    y = grouped_linear(x.reshape(ROWS, 3, 64), w.reshape(GROUPS, 3, 64, *OUT), jnp.asarray(SIZES["ragged"]))
+    assert error(y, dense(x, w, SIZES["ragged"])) < 1e-6
+    assert grouped_linear(x[:0], w, jnp.zeros(GROUPS, jnp.int32)).shape == (0, *OUT)
+
+
+@pytest.mark.parametrize("name", ["ragged", "all in one", "none"])
+def test_fp8(name):
+    x, w = operands()
+    q = quantize_weight(w, (1, 3))
+    sizes = jnp.asarray(SIZES[name], jnp.int32)
+    assert error(jax.jit(grouped_linear)(x, q, sizes), dense(x, dequantize_reference(q), SIZES[name])) < 1e-6
+    x = x.astype(jnp.bfloat16)
+    rounded = jnp.asarray(dequantize_reference(q), jnp.float32).astype(jnp.bfloat16)
+    assert error(jax.jit(grouped_linear)(x, q, sizes), dense(x, rounded, SIZES[name])) < 4e-3
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients(name, dtype):
+    x, w = operands(dtype=dtype)
+    sizes = jnp.asarray(SIZES[name], jnp.int32)
+    c = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, *OUT)), jnp.float32)
+    bound = 2e-6 if dtype == jnp.float32 else 1e-2
+    expected = jax.grad(lambda x, w: (c * grouped_linear_reference(x, w, sizes)).sum(), (0, 1))(x, w)
+    got = jax.jit(jax.grad(lambda x, w: (c * grouped_linear(x, w, sizes)).sum(), (0, 1)))(x, w)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype and a.shape == b.shape and error(a, b) < bound
+    q = quantize_weight(w, (1, 3))
+    expected = jax.grad(lambda x: (c * grouped_linear_reference(x, q, sizes)).sum())(x)
+    assert error(jax.jit(jax.grad(lambda x: (c * grouped_linear(x, q, sizes)).sum()))(x), expected) < bound
+
+
+def test_shard_map_over_groups():
+    mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
+    x, w = operands(ROWS, 8, jnp.bfloat16)
+    sizes = np.asarray([3, 0, 50, 17, 1, 20, 4, 9], np.int32)
+
+    def local(x, w, sizes):  # each device: its two groups' rows, moved to the front
+        first = (
+            sizes.sum() * 0
+            + jnp.cumsum(sizes)[2 * jax.lax.axis_index("model")]
+            - sizes[2 * jax.lax.axis_index("model")]
+        )
+        own = jax.lax.dynamic_slice_in_dim(sizes, 2 * jax.lax.axis_index("model"), 2)
+        y = grouped_linear(jnp.roll(x, -first, 0), w, own)
+        return jax.lax.psum(jnp.roll(y.astype(jnp.float32), first, 0), "model")
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("model"), P()), out_specs=P(), check_vma=False)
+    assert error(jax.jit(mapped)(x, w, jnp.asarray(sizes)), dense(x, w, sizes)) < 4e-3
+
+
+def test_what_does_not_fit():
+    x, w = operands()
+    with pytest.raises(UserError, match="do not fit"):
+        grouped_linear(x[:, :5], w, jnp.zeros(GROUPS, jnp.int32))
+    with pytest.raises(UserError, match="pallas_gpu"):
+        grouped_linear(x, w, jnp.zeros(GROUPS, jnp.int32), implementation="pallas_gpu")
+
+
+# --- what it costs
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "float32", "fp8"])
+def test_only_the_weights_in_use_are_read(kind):
+    """One token's eight experts of sixty-four: nothing of the size of all experts is written, at any precision."""
+    w = jnp.zeros((64, 512, 256), jnp.bfloat16 if kind == "bfloat16" else jnp.float32)
+    w = quantize_weight(w, (1, 2)) if kind == "fp8" else w
+    x = jnp.zeros((8, 512), jnp.float32 if kind == "float32" else jnp.bfloat16)
+    compiled = jax.jit(grouped_linear).lower(x, w, jnp.zeros(64, jnp.int32)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 8 * 512 * 256 * 4
+
+
+def seconds(f, *args):
+    jax.block_until_ready(f(*args))
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        jax.block_until_ready(f(*args))
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def test_time_does_not_grow_with_the_groups():
+    rows, width = 512, 128
+    x = jnp.ones((rows, width))
+    times = {}
+    for groups in (4, 64):
+        w = jnp.ones((groups, width, width))
+        sizes = jnp.zeros(groups, jnp.int32).at[jnp.arange(4) * (groups // 4)].set(rows // 4)
+        times[groups] = seconds(jax.jit(grouped_linear), x, w, sizes)
+    assert times[64] < 3 * times[4] + 1e-3, (
+        times
+    )  # the same rows in the same blocks; a dense form takes 16 times as long
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
+def test_tpu_uses_its_ragged_product(kind):
+    x, w = operands(dtype=jnp.bfloat16)
+    w = quantize_weight(w, (1, 3)) if kind == "fp8" else w
+
+    def lowered(f):
+        return jax.jit(f).trace(x, w, jnp.zeros(GROUPS, jnp.int32)).lower(lowering_platforms=("tpu",)).as_text()
+
+    assert re.search("ragged_dot", lowered(grouped_linear)) and "while" not in lowered(grouped_linear)
