@@ -56,9 +56,9 @@ CASES = {
     case.name: case
     for case in (
         Case("dense", seed=1),
-        Case("dense_tied", heads=(4, 4), gdn_heads=(4, 4), tied=True, mtp=True, seed=2),
-        Case("dense_ratio3", heads=(6, 1), gdn_heads=(6, 2), seed=3),
-        Case("yarn", yarn={"factor": 4.0, "original_max_position_embeddings": 256}, seed=4),
+        Case("dense_tied", heads=(4, 4), gdn_heads=(4, 4), tied=True, mtp=True, interval=2, layers=4, seed=2),
+        Case("dense_ratio3", heads=(6, 1), gdn_heads=(6, 2), interval=2, layers=4, seed=3),
+        Case("yarn", yarn={"factor": 4.0, "original_max_position_embeddings": 256}, interval=2, layers=4, seed=4),
         Case("moe", experts=(12, 3, 48, 64), fused=False, seed=5),
         Case(
             "moe_tied_mtp",
@@ -68,14 +68,16 @@ CASES = {
             tied=True,
             mtp=True,
             vision=False,
+            interval=2,
+            layers=4,
             seed=6,
         ),
         Case("attention_only", interval=1, layers=3, seed=7),
         # Head counts, widths and experts that eight shards divide …
-        Case("mesh_dense", heads=(8, 8), gdn_heads=(16, 8), interval=2, layers=4, seed=8),
+        Case("mesh_dense", heads=(8, 8), gdn_heads=(16, 8), interval=2, layers=2, seed=8),
         Case("mesh_moe", heads=(16, 8), gdn_heads=(8, 8), experts=(16, 3, 48, 64), interval=2, layers=2, seed=9),
         # … and that two to eight shards have to repeat (experts: over `data` alone on most meshes).
-        Case("mesh_dense_repeat", heads=(4, 2), gdn_heads=(4, 2), tied=True, interval=2, layers=4, seed=10),
+        Case("mesh_dense_repeat", heads=(4, 2), gdn_heads=(4, 2), tied=True, interval=2, layers=2, seed=10),
         Case("mesh_moe_repeat", heads=(2, 1), gdn_heads=(4, 1), experts=(4, 2, 64, 64), interval=2, layers=2, seed=11),
     )
 }
