@@ -14,27 +14,41 @@ from tests.aot.run import Case, compile_elsewhere
 MIB = 2**20
 NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 
-EIGHT_DEVICES = ("v5e", "v6e", "v5p", "tpu7x", "h100", "h200")
+# The ceiling after each case is MiB of temporaries per device, about a tenth above what was measured. A step needs about
+# a unit's weights and activations; the rest are weights that XLA copies into another tiling once per call, of which
+# tpu7x does most.
 CASES = [
-    *(Case(target, "2x4", "0.8b", step, length=128) for target in EIGHT_DEVICES for step in ("decode", "prefill")),
-    *(Case(target, "2x4", "35b-a3b", "decode") for target in EIGHT_DEVICES),
-    *(Case(target, "2x4", "35b-a3b", "prefill", length=128) for target in ("v5e", "v5p", "h100")),
-    Case("v5p-64", "4x16", "397b-a17b", "decode"),
-    Case("h200", "2x4", "397b-a17b", "decode"),
-    Case("h100-2", "4x4", "397b-a17b", "decode"),
-    Case("h100", "1x8", "397b-a17b", "decode", fp8=True),
+    (Case("v5e", "2x4", "0.8b", "decode"), 6),
+    (Case("v6e", "2x4", "0.8b", "decode"), 22),
+    (Case("v5p", "2x4", "0.8b", "decode"), 125),
+    (Case("tpu7x", "2x4", "0.8b", "decode"), 510),
+    (Case("h100", "2x4", "0.8b", "decode"), 30),
+    (Case("h200", "2x4", "0.8b", "decode"), 30),
+    (Case("v5e", "2x4", "0.8b", "prefill", length=128), 6),
+    (Case("v5p", "2x4", "0.8b", "prefill", length=128), 80),
+    (Case("tpu7x", "2x4", "0.8b", "prefill", length=128), 190),
+    (Case("h100", "2x4", "0.8b", "prefill", length=128), 40),
+    (Case("v5e", "2x4", "35b-a3b", "decode"), 1900),
+    (Case("v6e", "2x4", "35b-a3b", "decode"), 1400),
+    (Case("v5p", "2x4", "35b-a3b", "decode"), 1900),
+    (Case("tpu7x", "2x4", "35b-a3b", "decode"), 10700),
+    (Case("h100", "2x4", "35b-a3b", "decode"), 1000),
+    (Case("h200", "2x4", "35b-a3b", "decode"), 1000),
+    (Case("v5e", "2x4", "35b-a3b", "prefill", length=128), 1900),
+    (Case("h100", "2x4", "35b-a3b", "prefill", length=128), 1000),
+    (Case("v5p-64", "4x16", "397b-a17b", "decode"), 1100),
+    (Case("h200", "2x4", "397b-a17b", "decode"), 1300),
+    (Case("h100-2", "4x4", "397b-a17b", "decode"), 1300),
+    (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 1000),
 ]
-
-# MiB of temporaries per device. A decode step needs about one unit's weights and cache; what tpu7x needs on top are the
-# weights in its own tiling, copied once per call of 64 tokens.
-TEMPORARIES = {
-    ("0.8b", "decode"): 40,
-    ("0.8b", "prefill"): 80,
-    ("35b-a3b", "decode"): 1900,
-    ("35b-a3b", "prefill"): 1900,
-    ("397b-a17b", "decode"): 1300,
-}
-TPU7X_TEMPORARIES = {("0.8b", "decode"): 520, ("0.8b", "prefill"): 220, ("35b-a3b", "decode"): 5200}
+SLOW = [
+    (Case("v6e", "2x4", "0.8b", "prefill"), 200),
+    (Case("h200", "2x4", "0.8b", "prefill"), 70),
+    (Case("v6e", "2x4", "35b-a3b", "prefill"), 2000),
+    (Case("v5p", "2x4", "35b-a3b", "prefill"), 2000),
+    (Case("tpu7x", "2x4", "35b-a3b", "prefill"), 10700),
+    (Case("h200", "2x4", "35b-a3b", "prefill"), 2000),
+]
 
 
 def _name(case: Case) -> str:
@@ -50,8 +64,13 @@ def _expected(case: Case, experts: bool, layers: int) -> dict[str, int]:
     return {"all-reduce": 3 * layers + 1, "all-gather": layers, "reduce-scatter": layers}
 
 
-@pytest.mark.parametrize("case", CASES, ids=_name)
-def test_compiles(case):
+def _parameters():
+    for cases, marks in ((CASES, ()), (SLOW, pytest.mark.slow)):
+        yield from (pytest.param(case, ceiling, id=_name(case), marks=marks) for case, ceiling in cases)
+
+
+@pytest.mark.parametrize(("case", "ceiling"), _parameters())
+def test_compiles(case, ceiling):
     target = TARGETS[case.target]
     if importlib.util.find_spec(NEEDS[target.platform]) is None:
         pytest.skip(f"{NEEDS[target.platform]} is not installed: pip install -e '.[test,aot]'")
@@ -59,8 +78,7 @@ def test_compiles(case):
     summary = {k: v for k, v in result.items() if k != "collectives"}
     print(_name(case), summary)
     assert result["total_bytes"] < target.hbm * 0.95, summary
-    ceilings = TPU7X_TEMPORARIES if case.target == "tpu7x" else TEMPORARIES
-    assert result["temporary_bytes"] < ceilings[case.model, case.step] * MIB, summary
+    assert result["temporary_bytes"] < ceiling * MIB, summary
     _check_collectives(case, result)
 
 
