@@ -14,9 +14,9 @@ from tests.aot.run import Case, compile_elsewhere
 MIB = 2**20
 NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 
-# The ceiling after each case is MiB of temporaries per device, about a tenth above what was measured. A step needs about
-# a unit's weights and activations; the rest are weights that XLA copies into another tiling once per call, of which
-# tpu7x does most.
+# The ceiling after each case is MiB of temporaries per device, about a tenth above what was measured. A step needs
+# about a unit's weights and activations; the rest are weights that XLA copies into another tiling once per call, of
+# which tpu7x does most.
 CASES = [
     (Case("v5e", "2x4", "0.8b", "decode"), 6),
     (Case("v6e", "2x4", "0.8b", "decode"), 22),
