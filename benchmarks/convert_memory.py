@@ -6,6 +6,7 @@ python benchmarks/convert_memory.py --gb 6 --experts 64
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 import shutil
 import subprocess
@@ -74,7 +75,7 @@ def synthetic_config(gigabytes: float, experts: int) -> dict:
     one = sum(_bytes(s) for s in _shapes(config).values())
     text["num_hidden_layers"] = 4
     unit = sum(_bytes(s) for s in _shapes(config).values()) - one
-    text["num_hidden_layers"] = 2 * max(1, round((gigabytes * 1e9 - one) / unit) + 1)
+    text["num_hidden_layers"] = 2 * max(1, math.ceil((gigabytes * 1e9 - one) / unit) + 1)
     return config
 
 
