@@ -45,7 +45,7 @@ def test_weight_round_trip(name, scale_dtype):
     exact = dequantize_reference(w)
     assert np.isfinite(exact).all()
     np.testing.assert_array_equal(np.asarray(dequantize(w)), exact.astype(np.float32))
-    # 4 significant bits: half a unit in the last place is 1/16 of the value; below the smallest normal, 2^-10 of a scale.
+    # 4 significant bits: half a unit in the last place is 1/16 of the value; for subnormals, 2^-10 of a scale.
     scales = np.asarray(w.scales).astype(np.float64)
     for axis, (size, count) in enumerate(zip(shape, scales.shape, strict=True)):
         scales = scales if size == count else np.repeat(scales, 128, axis)[(slice(None),) * axis + (slice(size),)]

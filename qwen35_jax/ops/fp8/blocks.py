@@ -19,9 +19,9 @@ FP8_MAX = 448.0  # largest finite float8_e4m3fn; casting anything larger gives N
 class Fp8Weight:
     """A weight kept as its checkpoint stores it.
 
-    values: float8_e4m3fn with the weight's logical shape, head axes split. scales: bfloat16 or float32 of the same rank; each
-    axis is either the weight's own (heads, halves, experts: one scale each) or ceil(size / 128) (one scale per 128, the last
-    block may be ragged). The weight is values x scales, each scale repeated over its block.
+    values: float8_e4m3fn with the weight's logical shape, head axes split. scales: bfloat16 or float32 of that rank;
+    each axis is either the weight's own (heads, halves, experts: one scale each) or ceil(size / 128): one scale per
+    128, the last block may be ragged. The weight is values x scales, each scale repeated over its block.
     """
 
     values: jax.Array
@@ -71,15 +71,15 @@ def _cast(x: jax.Array) -> jax.Array:
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Activations to FP8, one scale per 128 along the last axis (the last block may be ragged).
 
-    x [..., D] of any float dtype -> values [..., D] float8_e4m3fn, scales [..., ceil(D / 128)] float32. NaN and infinity
-    stay visible: an infinite entry makes its block NaN.
+    x [..., D] of any float dtype -> values [..., D] float8_e4m3fn, scales [..., ceil(D / 128)] float32. NaN and
+    infinity stay visible: an infinite entry becomes NaN.
     """
     scales = _scale_of(_block_amax(x.astype(jnp.float32), (x.ndim - 1,)))
     return _cast(x.astype(jnp.float32) / expand_scales(scales, x.shape)), scales
 
 
 def quantize_weight(w: jax.Array, blocked_axes: Sequence[int], scale_dtype=jnp.bfloat16) -> Fp8Weight:
-    """Quantises a weight with one scale per block of 128 along each of `blocked_axes` and one per entry of the other axes.
+    """Quantises a weight: one scale per block of 128 along each of `blocked_axes`, one per entry of the other axes.
 
     Scales are rounded to `scale_dtype` before the values are divided by them, so that no further error is made.
     """

@@ -17,9 +17,9 @@ def grouped_linear(
 ) -> jax.Array:
     """Row r of group e, x[r] times w[e]. Rows are sorted by group; the first group_sizes[0] rows belong to group 0, ...
 
-    x [R, *in]; w [E, *in, *out] or an `Fp8Weight` of that shape; group_sizes [E] int32 with sum <= R. Returns [R, *out] in x's
-    dtype, float32 accumulation; rows beyond the groups are zero and cost nothing. Differentiable in x, and in w where it is
-    an array. Sees one device's shard.
+    x [R, *in]; w [E, *in, *out] or an `Fp8Weight` of that shape; group_sizes [E] int32 with sum <= R. Returns [R, *out]
+    in x's dtype, float32 accumulation; rows beyond the groups are zero and cost nothing. Differentiable in x, and in w
+    where it is an array. Sees one device's shard.
     """
     if implementation not in (None, "xla"):
         raise UserError(f"grouped_linear has no {implementation!r} implementation; choose xla")

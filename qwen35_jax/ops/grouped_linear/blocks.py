@@ -1,4 +1,4 @@
-"""A loop over blocks of rows, each block inside one group, whose length follows the rows and not the number of groups."""
+"""A loop over blocks of rows, each inside one group, whose length follows the rows and not the number of groups."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ SIZES = (1, 8, 32, 128)
 def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Array, rows: int) -> Any:
     """carry = block(carry, operands, group, start, size, mine) for every block of at most `size` rows of one group.
 
-    The block's slice is start .. start + size, inside the `rows` rows; `mine` [size, 1] bool marks those that it is to do.
-    `operands` must be used as `block` receives them: closing over them lets XLA:CPU move their conversion out of the loop.
+    The block's slice is start .. start + size, inside the `rows` rows; `mine` [size, 1] bool marks its own. `block`
+    must use the operands it is given: closing over them lets XLA:CPU move their conversion out of the loop.
     """
     ends = jnp.cumsum(group_sizes)
     sizes = [size for i, size in enumerate(SIZES) if i == 0 or SIZES[i - 1] < rows]
@@ -34,7 +34,7 @@ def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Arra
 
     def step(state):
         row, carry = state
-        # The barrier ties the operands to this step: without it XLA:CPU converts or copies all groups' weights before the loop.
+        # Ties the operands to this step: without it XLA:CPU converts or copies all groups' weights before the loop.
         here, row = jax.lax.optimization_barrier((operands, row))
         group = jnp.sum(ends <= row)
         left = ends[group] - row
@@ -46,7 +46,7 @@ def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Arra
 
 
 def _bits(a: jax.Array) -> jax.Array:
-    """The array as integers of its width: XLA:CPU slices those in place, but converts a whole narrow float array to float32."""
+    """The array as integers of its width: XLA:CPU slices those in place, but a narrow float it first converts whole."""
     return a if a.dtype.itemsize > 2 else jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}")
 
 

@@ -11,13 +11,9 @@ from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
 def grouped_linear_reference(x: jax.Array, w: jax.Array | Fp8Weight, group_sizes: jax.Array) -> jax.Array:
     """See `grouped_linear`; float32."""
     w = (dequantize(w, jnp.float32) if isinstance(w, Fp8Weight) else w).astype(jnp.float32)
-    rows, ins = x.shape[0], x.ndim - 1
-    ends = jnp.cumsum(group_sizes)
-    group = jnp.searchsorted(ends, jnp.arange(rows), side="right")  # E where the row belongs to none
-    chosen = jnp.where(
-        (group < w.shape[0]).reshape(-1, *[1] * (w.ndim - 1)), w[jnp.minimum(group, w.shape[0] - 1)], 0.0
-    )
-    out = jnp.einsum(
-        "ri,rio->ro", x.astype(jnp.float32).reshape(rows, -1), chosen.reshape(rows, x[0].size, -1), precision="highest"
-    )
-    return out.reshape(rows, *w.shape[1 + ins :])
+    rows, groups, outs = x.shape[0], w.shape[0], w.shape[x.ndim :]
+    x = x.astype(jnp.float32).reshape(rows, -1)
+    group = jnp.searchsorted(jnp.cumsum(group_sizes), jnp.arange(rows), side="right")  # `groups`: the row is in none
+    own = w[jnp.minimum(group, groups - 1)].reshape(*x.shape, -1)
+    out = jnp.einsum("ri,rio->ro", x, own, precision="highest")
+    return jnp.where((group < groups)[:, None], out, 0.0).reshape(rows, *outs)

@@ -88,7 +88,7 @@ def _rows_times(x, w, weight_of, group_sizes, width: int):
 
 
 def _dot(x, w):
-    """x [rows, in] times w [in, out] -> float32. One bfloat16 row is taken twice: see `linear` for what XLA:CPU is good at."""
+    """x [rows, in] times w [in, out] -> float32. One bfloat16 row is taken twice: see `linear` for why."""
     if w.dtype == jnp.float32:
         return jnp.dot(x.astype(jnp.float32), w)
     rows = jnp.broadcast_to(x, (2, x.shape[1])) if x.shape[0] == 1 else x

@@ -18,8 +18,8 @@ def linear(
     """einsum(spec, x, w) with float32 accumulation and one cast, to `out_dtype` (default: x's dtype).
 
     `spec` names every axis with a letter, such as "BTD,DNH->BTNH" or "BTD,VD->BTV": letters of x that w has are summed,
-    all others appear in the result. w is an array or an `Fp8Weight`, which is dequantised exactly (one cast to x's dtype).
-    Differentiable in x, and in w where it is an array; works on one shard, and under automatic sharding.
+    all others appear in the result. w is an array or an `Fp8Weight`, which is dequantised exactly (one cast, to x's
+    dtype). Differentiable in x, and in w where it is an array; works on one shard, and under automatic sharding.
     """
     if implementation not in (None, "xla"):
         raise UserError(f"linear has no {implementation!r} implementation; choose xla")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
 
-# Up to this many rows, a weight stored [out, in] is multiplied and summed on the CPU instead of being converted to float32.
+# Up to this many rows, the CPU multiplies and sums a weight stored [out, in] instead of converting it to float32.
 FEW_ROWS = 16
 # One row is multiplied in this many parts of the contracted axis, each of at least MIN_PART. A constant, so that any
 # sharding of the axis over 2, 4 or 8 devices is a sharding of the parts.
@@ -63,49 +63,48 @@ def _axes(spec: str) -> tuple[str, str, str]:
 
 
 def _einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype) -> jax.Array:
-    """The product itself. The form is chosen when it is lowered, since a program can be compiled for another platform."""
+    """The product. Its form is chosen when it is lowered, since a program can be compiled for another platform."""
 
     def default(x, w):
         return jnp.einsum(spec, x, w, preferred_element_type=out_dtype)
 
     def cpu(x, w):
-        return _cpu_bfloat16(spec, x, w).astype(out_dtype)
+        return _cpu_einsum(spec, x, w).astype(out_dtype)
 
-    if x.dtype != jnp.bfloat16:
-        return default(x, w)
     return jax.lax.platform_dependent(x, w, cpu=cpu, default=default)
 
 
-def _cpu_bfloat16(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
-    """einsum(spec, x, w) of bfloat16 arrays in float32 -> float32, for XLA:CPU.
+def _cpu_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
+    """einsum(spec, x, w) in float32 -> float32, in the forms that XLA:CPU does fast.
 
-    XLA:CPU has bfloat16 kernels (YNNPACK) for a product [rows, in] x [in, out] with float32 result, at least two rows and both
-    operands stored in that order. Every other product it first writes out in float32, operands included, which is ten
-    times slower for one row and takes twice the weight's memory; so the common forms are brought into that shape.
+    It wants one summed axis: with two it is ten times slower. It has bfloat16 kernels (YNNPACK) for [rows, in] x
+    [in, out] with float32 result, at least two rows and both operands stored in that order; for any other product of
+    bfloat16 it first writes the whole operands out in float32: ten times slower for one row, at twice their memory.
     """
     x_axes, w_axes, out = _axes(spec)
     summed = "".join(a for a in w_axes if a in x_axes)
-    kept = "".join(a for a in w_axes if a not in summed)
-    rows = math.prod(size for axis, size in zip(x_axes, x.shape, strict=True) if axis not in summed)
-    ends_in = x_axes.endswith(summed) and out == x_axes.removesuffix(summed) + kept
-    if summed and kept and ends_in and w_axes == summed + kept:
-        if rows == 1:
+    x_kept, w_kept = ("".join(a for a in axes if a not in summed) for axes in (x_axes, w_axes))
+    rows = math.prod(x.shape[x_axes.index(a)] for a in x_kept)
+    narrow = x.dtype == jnp.bfloat16
+    if not (summed and w_kept and out == x_kept + w_kept):
+        return jnp.einsum(spec, x.astype(jnp.float32), w.astype(jnp.float32))
+    if x_axes == x_kept + summed and w_axes == summed + w_kept:
+        if narrow and rows == 1:
             return _one_row(x, w, len(summed))
-        return _rows_times_columns(x, w, len(summed))
-    if summed and kept and ends_in and w_axes == kept + summed and rows <= FEW_ROWS:
+        x = x.reshape(*x.shape[: len(x_kept)], -1)
+        w = w.reshape(-1, *w.shape[len(summed) :])
+        return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    if x_axes == x_kept + summed and w_axes == w_kept + summed and narrow and rows <= FEW_ROWS:
         return _multiply_and_sum(x, w, len(summed))
-    return jnp.einsum(spec, x.astype(jnp.float32), w.astype(jnp.float32))
-
-
-def _rows_times_columns(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
-    """x [..., *in] times w [*in, *out], with one summed axis."""
-    x = x.reshape(*x.shape[: x.ndim - summed], -1)
-    w = w.reshape(x.shape[-1], *w.shape[summed:])
-    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    x, w = x.astype(jnp.float32), w.astype(jnp.float32)
+    if x_axes == summed + x_kept and w_axes == summed + w_kept:
+        x, w = (a.reshape(-1, *a.shape[len(summed) :]) for a in (x, w))
+        return jnp.tensordot(x, w, (0, 0))
+    return jnp.einsum(spec, x, w)
 
 
 def _one_row(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
-    """x [1..., *in] times w [*in, *out]: the row taken twice, in parts of the first summed axis, which XLA:CPU does in one pass."""
+    """x [1..., *in] times w [*in, *out]: the row taken twice, in parts of the first summed axis (one pass on CPU)."""
     first, width = w.shape[0], math.prod(w.shape[:summed])
     parts = PARTS if first % PARTS == 0 and width >= PARTS * MIN_PART else 1
     x_parts = jnp.broadcast_to(x.reshape(parts, 1, -1), (parts, 2, width // parts))
