@@ -20,10 +20,13 @@ def cached_attention(q, k, v, cache_k, cache_v, slots, start, count):
 
 def _append(cache, new, slots, start, count):
     """Write new [B, T, K, H] into cache [S, K, Tc, H] at each row's slot and start; in place if donated."""
-    batch, time, groups, width = new.shape
-    slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
+    slots = jnp.arange(new.shape[0], dtype=jnp.int32) if slots is None else slots
     # Outside the cache: a scatter drops the whole window of a dead row.
     slots = jnp.where(count > 0, slots, cache.shape[0])
+    if new.shape[0] == 1:
+        # With a dead row beside it: XLA turns the scatter of a single row into an update that it fuses into each reader
+        # of the cache, and XLA:CPU then copies the cache for each.
+        slots, start, new = jnp.append(slots, cache.shape[0]), jnp.tile(start, 2), jnp.tile(new, (2, 1, 1, 1))
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2, 3), inserted_window_dims=(0,), scatter_dims_to_operand_dims=(0, 2)
     )
