@@ -1,0 +1,26 @@
+"""What the README shows runs as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_example():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["logits"].shape == (1, 4, names["lm"].config.vocab_size)
+    assert len(names["completion"].token_ids) == 32 or names["completion"].finish_reason == "stop"
+
+
+def test_flags_of_the_commands_exist():
+    lines = [line for line in README.splitlines() if "qwen35_jax.sample" in line or "qwen35_jax.convert" in line]
+    assert len(lines) >= 6
+    for line in lines:
+        module = re.search(r"qwen35_jax\.(sample|convert)", line).group(1)
+        source = (Path(__file__).parents[1] / "qwen35_jax" / f"{module}.py").read_text(encoding="utf-8")
+        for flag in re.findall(r"--(\w+)", line.split(f"qwen35_jax.{module}", 1)[1]):
+            assert f'"{flag}"' in source, f"README: {module} has no flag --{flag}"
