@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import jax
 from absl import flags, logging
 
@@ -22,11 +24,20 @@ TO = flags.DEFINE_enum("to", "orbax", FORMS, "what DST will be: Orbax arrays, or
 REVISION = flags.DEFINE_string("revision", None, "revision of a hub id")
 
 
+def _unraisable(report: sys.UnraisableHookArgs) -> None:
+    """After a failed save, the other writes under way report to an event loop that is gone: that says nothing."""
+    if not isinstance(report.exc_value, RuntimeError):
+        sys.__unraisablehook__(report)
+
+
 def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise UserError(f"expected SRC and DST, got {len(arguments)} arguments; see --help")
     jax.config.update("jax_platforms", "cpu")  # Orbax asks JAX for its devices; files need no accelerator
-    logging.set_verbosity(logging.ERROR)  # Orbax warns that there is no OCDBT to merge
+    logging.set_verbosity(
+        logging.FATAL
+    )  # Orbax warns that there is no OCDBT to merge, and logs errors that it raises too
+    sys.unraisablehook = _unraisable
     convert(*arguments, TO.value, revision=REVISION.value)
 
 

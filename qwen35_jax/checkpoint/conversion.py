@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -81,7 +82,9 @@ def _check_space(directory: epath.Path, size: int) -> None:
 
 
 def _reason(error: Exception) -> str:
-    text = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore has it
+    number = int(code[1]) if code else error.errno if isinstance(error, OSError) else None
+    text = os.strerror(number) if number else str(error)
     return " ".join(text.split())[:300] or type(error).__name__
 
 

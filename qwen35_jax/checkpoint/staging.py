@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+import time
 from collections.abc import Iterator
 
 from etils import epath
@@ -49,8 +50,10 @@ def _local(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]
             _flush(partial / WORK)
             os.rename(partial / WORK, destination)
             _flush_directory(destination.parent)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        except BaseException:
+            _remove_for_good(partial)
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -83,6 +86,17 @@ def _locked(partial: epath.Path) -> Iterator[None]:
         except BlockingIOError:
             raise UserError(f"another conversion is writing {partial}; wait for it") from None
         yield
+
+
+def _remove_for_good(partial: epath.Path) -> None:
+    """Removes the working directory after a failure, when writes that had begun may still make files in it."""
+    absent = 0
+    for _ in range(30):
+        shutil.rmtree(partial, ignore_errors=True)
+        absent = 0 if partial.exists() else absent + 1
+        if absent == 3:
+            return
+        time.sleep(0.1)
 
 
 def _clear(partial: epath.Path) -> None:
