@@ -1,4 +1,4 @@
-"""A loop over blocks of rows, each inside one group, whose length follows the rows and not the number of groups."""
+"""Loops over blocks of rows, each inside one group, whose length follows the rows and not the number of groups."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Rows of a block. The smallest that holds what is left of the group is taken, so that a group of one row costs one row
-# and a large group rereads its weight seldom.
+# Rows of a block. A group is cut into blocks of the largest size; the rest takes the smallest that holds it. So a group of
+# one row costs one row, and a large group rereads its weight seldom.
 SIZES = (1, 8, 32, 128)
 
 
@@ -19,30 +19,33 @@ def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Arra
     The block's slice is start .. start + size, inside the `rows` rows; `mine` [size, 1] bool marks its own. `block`
     must use the operands it is given: closing over them lets XLA:CPU move their conversion out of the loop.
     """
-    ends = jnp.cumsum(group_sizes)
-    sizes = [size for i, size in enumerate(SIZES) if i == 0 or SIZES[i - 1] < rows]
-    sizes = [min(size, rows) for size in sizes]
+    sizes = [min(size, rows) for i, size in enumerate(SIZES) if i == 0 or SIZES[i - 1] < rows]
+    firsts = jnp.cumsum(group_sizes) - group_sizes
+    full, rest = group_sizes // sizes[-1], group_sizes % sizes[-1]
+    # One loop for each size, rather than one loop that chooses: XLA would copy the carry at every choice.
+    for i, size in enumerate(sizes):
+        counts = ((rest > (sizes[i - 1] if i else 0)) & (rest <= size)).astype(jnp.int32)
+        skipped = full if i + 1 < len(sizes) else jnp.zeros_like(full)
+        counts = counts + full - skipped
+        carry = _loop(block, carry, operands, counts, firsts + skipped * sizes[-1], firsts + group_sizes, size, rows)
+    return carry
 
-    def of_size(size: int):
-        def run(carry, operands, group, row, end):
-            start = jnp.minimum(row, rows - size)  # the slice must lie inside the array
-            index = start + jnp.arange(size)
-            mine = (index >= row) & (index < end)
-            return block(carry, operands, group, start, size, mine[:, None])
 
-        return run
+def _loop(block, carry, operands, counts, firsts, ends, size: int, rows: int):
+    """Group e's counts[e] blocks of one size begin at row firsts[e]; its rows end at ends[e]."""
+    totals = jnp.cumsum(counts)
 
-    def step(state):
-        row, carry = state
+    def step(i, carry):
         # Ties the operands to this step: without it XLA:CPU converts or copies all groups' weights before the loop.
-        here, row = jax.lax.optimization_barrier((operands, row))
-        group = jnp.sum(ends <= row)
-        left = ends[group] - row
-        which = sum((left > size).astype(jnp.int32) for size in sizes[:-1])
-        carry = jax.lax.switch(which, [of_size(size) for size in sizes], carry, here, group, row, ends[group])
-        return row + jnp.minimum(left, jnp.asarray(sizes)[which]), carry
+        here, i = jax.lax.optimization_barrier((operands, i))
+        group = jnp.sum(totals <= i)
+        row = firsts[group] + (i - totals[group] + counts[group]) * size
+        start = jnp.minimum(row, rows - size)  # the slice must lie inside the array
+        index = start + jnp.arange(size)
+        mine = (index >= row) & (index < ends[group])
+        return block(carry, here, group, start, size, mine[:, None])
 
-    return jax.lax.while_loop(lambda state: state[0] < ends[-1], step, (jnp.zeros((), ends.dtype), carry))[1]
+    return jax.lax.fori_loop(0, totals[-1], step, carry)
 
 
 def _bits(a: jax.Array) -> jax.Array:

@@ -90,7 +90,7 @@ def _cpu_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x.astype(jnp.float32), w.astype(jnp.float32))
     if x_axes == x_kept + summed and w_axes == summed + w_kept:
         if narrow and rows == 1:
-            return _one_row(x, w, len(summed))
+            return one_row(x, w, len(summed))
         x = x.reshape(*x.shape[: len(x_kept)], -1)
         w = w.reshape(-1, *w.shape[len(summed) :])
         return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
@@ -103,7 +103,7 @@ def _cpu_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     return jnp.einsum(spec, x, w)
 
 
-def _one_row(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
+def one_row(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
     """x [1..., *in] times w [*in, *out]: the row taken twice, in parts of the first summed axis (one pass on CPU)."""
     first, width = w.shape[0], math.prod(w.shape[:summed])
     parts = PARTS if first % PARTS == 0 and width >= PARTS * MIN_PART else 1
