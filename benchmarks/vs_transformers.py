@@ -104,8 +104,8 @@ def main(argv: list[str]) -> None:
         table += rows(dtype, rounds)
     print(
         f"{_MODEL.value} shape, random weights, batch 1, prompt of {_PROMPT_TOKENS.value} tokens, {_NEW_TOKENS.value} "
-        f"decoded, medians of {_ROUNDS.value} rounds\n{cpu_model()}, {CORES} cores; {versions}; {datetime.date.today()}; "
-        f"commit {commit()}\n"
+        f"decoded, medians of {_ROUNDS.value} rounds\n{cpu_model()}, {CORES} cores; {versions}; "
+        f"{datetime.date.today()}; commit {commit()}\n"
     )
     print("| dtype | stage | transformers, tokens/s | qwen35_jax, tokens/s | ratio |")
     print("|---|---|---|---|---|")

@@ -79,7 +79,7 @@ class Reference:
 @pytest.fixture(scope="session")
 def references(tmp_path_factory):
     """Name of a case -> Reference."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # the models are tiny
     return functools.cache(lambda name: Reference(name, tmp_path_factory.mktemp(name)))
 
 
@@ -121,13 +121,22 @@ def test_greedy_tokens(references, models, name):
 def test_chunked_prefill_then_decode(references, models, name):
     """Every token through the decoding state: chunks of 190, then one token at a time, logits of each."""
     reference, lm = references(name), models(name)
-    logits = _through_state(lm, reference.ids[:2], [190] * 3 + [1] * 30)
+    logits = _through_state(lm.model, lm.params, reference.ids[:2], [190] * 3 + [1] * 30)
     compare.check(reference.full[:2], logits, f"{name}, chunks and steps")
 
 
-def _through_state(lm, ids: np.ndarray, pieces: list[int]) -> np.ndarray:
+@pytest.mark.parametrize("name", ("dense_tied", "moe_tied_mtp"))
+def test_stacked_units(references, models, name):
+    """The form that accelerators run: one tree with a unit axis, through `lax.scan`."""
+    reference, lm = references(name), models(name)
+    stacked = lm.params | {"units": jax.tree.map(lambda *x: jnp.stack(x), *lm.params["units"])}
+    logits = _through_state(lm.model, stacked, reference.ids[:2], [200] * 3)
+    compare.check(reference.full[:2], logits, f"{name}, stacked")
+
+
+def _through_state(model, params: dict, ids: np.ndarray, pieces: list[int]) -> np.ndarray:
     """Logits [B, T, V] of ids [B, T] read piece by piece through the decoding state."""
-    rows, model = ids.shape[0], lm.model
+    rows = ids.shape[0]
     shapes = abstract_state(model.config, model.sharding, rows, ids.shape[1])
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
@@ -141,7 +150,7 @@ def _through_state(lm, ids: np.ndarray, pieces: list[int]) -> np.ndarray:
     logits, offset = [], 0
     for length in pieces:
         tokens = jnp.asarray(ids[:, offset : offset + length], jnp.int32)
-        piece, state = step(lm.params, state, tokens, jnp.full(rows, offset, jnp.int32))
+        piece, state = step(params, state, tokens, jnp.full(rows, offset, jnp.int32))
         logits.append(np.asarray(piece))
         offset += length
     return np.concatenate(logits, axis=1)
