@@ -75,6 +75,7 @@ class Programs:
 
     def __init__(self, model: Model, params: dict, vocabulary: int):
         self.model, self.params, self.vocabulary = model, params, vocabulary
+        self.stacked = not isinstance(params["units"], tuple)
         self.seconds = 0.0  # waited for compilation
         self._futures: dict[tuple, concurrent.futures.Future] = {}
         self._pool = concurrent.futures.ThreadPoolExecutor(max_workers=2)
@@ -100,8 +101,7 @@ class Programs:
         return compiled
 
     def _compile(self, make: Callable[..., steps.Program], shape: tuple, options: dict) -> Callable:
-        stacked = not isinstance(self.params["units"], tuple)
-        program = make(self.model, *shape, **(options if make is steps.make_empty else options | {"stacked": stacked}))
+        program = make(self.model, *shape, stacked=self.stacked, **options)
         return _placing(program.compile(), program.arguments)
 
 
@@ -147,6 +147,10 @@ class Generation:
             "end_tokens": ends,
             "stop": np.zeros(self.slots, bool),
         }
+
+    def session_shapes(self) -> dict:
+        """The session as ShapeDtypeStructs."""
+        return steps.abstract_session(self.programs.model, self.slots, self.capacity, stacked=self.programs.stacked)
 
     def _start(self) -> None:
         """Begins to compile all that this batch needs, in the order of need."""

@@ -181,7 +181,7 @@ class LanguageModel:
         generation = Generation(self.programs, requests, prefill_chunk)
         readers = [_RowReader(self.tokenizer, r, StopStrings(stop)) for r in requests]
         self.timing = generation.timing
-        self.state_bytes = _bytes_per_device(steps.abstract_session(self.model, generation.slots, generation.capacity)["state"])
+        self.state_bytes = _bytes_per_device(generation.session_shapes()["state"])
         yield from self._pieces(generation, readers, streaming or bool(stop))
 
     @staticmethod

@@ -47,11 +47,11 @@ def _array(model: Model, axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeD
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
 
 
-def abstract_session(model: Model, slots: int, capacity: int) -> dict:
+def abstract_session(model: Model, slots: int, capacity: int, *, stacked: bool = True) -> dict:
     """Shapes, dtypes and shardings of a session of `slots` rows of at most `capacity` tokens."""
     config = model.config
     return {
-        "state": abstract_state(config, model.sharding, slots, capacity),
+        "state": abstract_state(config, model.sharding, slots, capacity, stacked=stacked),
         "hidden": _array(model, "S D", (slots, config.hidden_size), config.dtype),
         "token": _array(model, "S", (slots,), jnp.int32),
         "step": _array(model, "S", (slots,), jnp.int32),
@@ -75,9 +75,9 @@ def _jit(function: Callable, arguments: tuple, results: Any, donated: int | None
     return Program(jax.jit(function, out_shardings=shardings, donate_argnums=donate), arguments)
 
 
-def make_empty(model: Model, slots: int, capacity: int) -> Program:
+def make_empty(model: Model, slots: int, capacity: int, *, stacked: bool = True) -> Program:
     """() -> a session whose slots are all free."""
-    session = abstract_session(model, slots, capacity)
+    session = abstract_session(model, slots, capacity, stacked=stacked)
     return _jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), session), (), session, None)
 
 
@@ -87,7 +87,7 @@ def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int
     Slot ids count within the device's own share of the slots (S and B are cut alike) and differ from each other; rows with
     count 0 leave their slot as it is. A prompt longer than `length` comes in several calls.
     """
-    session = abstract_session(model, slots, capacity)
+    session = abstract_session(model, slots, capacity, stacked=stacked)
     sharding = model.sharding
 
     def prefill(params, session, tokens, count, slot_ids):
@@ -113,7 +113,8 @@ def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int
 
 def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
     """(params, session, controls, alive [S]) -> (session, tokens [S]): the first token of each row from its prompt's last state."""
-    session, controls = abstract_session(model, slots, capacity), abstract_controls(model, slots)
+    session = abstract_session(model, slots, capacity, stacked=stacked)
+    controls = abstract_controls(model, slots)
 
     def first(params, session, controls, alive):
         session = session | {"done": ~alive}
@@ -130,7 +131,8 @@ def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, sta
 
     A loop on the device of at most `steps` tokens; it ends early when all rows have. `controls["stop"]` ends rows first.
     """
-    session, controls = abstract_session(model, slots, capacity), abstract_controls(model, slots)
+    session = abstract_session(model, slots, capacity, stacked=stacked)
+    controls = abstract_controls(model, slots)
 
     def decode(params, session, controls, steps):
         session = session | {"done": session["done"] | controls["stop"]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +43,22 @@ STATE_AXES = {
 }
 
 
-def abstract_state(config: ModelConfig, sharding: Sharding, slots: int, capacity: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the state of `slots` sequences of at most `capacity` tokens."""
+def abstract_state(config: ModelConfig, sharding: Sharding, slots: int, capacity: int, *, stacked: bool = True) -> dict:
+    """Shapes, dtypes and shardings of the state of `slots` sequences of at most `capacity` tokens.
+
+    Stacked like the units' parameters, or as tuples with one array a layer: unrolled, XLA:CPU copies a stack to update it.
+    """
     units, layers = config.num_units, config.full_attention_interval - 1
     kv = (units, slots, sharding.heads(config.num_key_value_heads), capacity, config.head_dim)
     keys, values = (sharding.heads(n) for n in (config.linear_num_key_heads, config.linear_num_value_heads))
     dk, dv = config.linear_key_head_dim, config.linear_value_head_dim
     window = (units, layers, slots, config.linear_conv_kernel_dim - 1)
+    # XLA:CPU updates a bfloat16 array by converting all of it to float32 and back; keys and values are exact in either.
+    cpu = sharding.mesh.devices.flat[0].platform == "cpu"
+    dtype = "float32" if cpu else config.dtype
     shapes = {
-        "k": (kv, config.dtype),
-        "v": (kv, config.dtype),
+        "k": (kv, dtype),
+        "v": (kv, dtype),
         "conv_q": ((*window, keys, dk), config.dtype),
         "conv_k": ((*window, keys, dk), config.dtype),
         "conv_v": ((*window, values, dv), config.dtype),
@@ -59,24 +66,34 @@ def abstract_state(config: ModelConfig, sharding: Sharding, slots: int, capacity
         "length": ((slots,), "int32"),
         "rotary_offset": ((slots,), "int32"),
     }
-    return {
-        name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=NamedSharding(sharding.mesh, sharding.spec(STATE_AXES[name])))
-        for name, (shape, dtype) in shapes.items()
-    }
+
+    def leaf(name: str):
+        shape, dtype = shapes[name]
+        axes = STATE_AXES[name].split()
+        lead = 0 if stacked else axes.index("S")
+        place = NamedSharding(sharding.mesh, sharding.spec(" ".join(axes[lead:])))
+        value = jax.ShapeDtypeStruct(shape[lead:], jnp.dtype(dtype), sharding=place)
+        return (value,) * math.prod(shape[:lead]) if lead else value
+
+    return {name: leaf(name) for name in shapes}
 
 
-def zero_slots(state: dict[str, jax.Array], reset: jax.Array) -> dict[str, jax.Array]:
+def zero_slots(state: dict, reset: jax.Array) -> dict:
     """The state with the slots of `reset` [S] bool emptied, so that they can be used again. Keys and values need no clearing:
     nothing reads beyond `length`."""
 
-    def clear(name: str, x: jax.Array) -> jax.Array:
-        if name in ("k", "v"):
-            return x
-        axis = STATE_AXES[name].split().index("S")
+    def clear(x: jax.Array, axis: int) -> jax.Array:
         mask = reset.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
         return jnp.where(mask, jnp.zeros((), x.dtype), x)
 
-    return {name: clear(name, x) for name, x in state.items()}
+    def part(name: str, x):
+        if name in ("k", "v"):
+            return x
+        if isinstance(x, tuple):
+            return tuple(clear(a, 0) for a in x)
+        return clear(x, STATE_AXES[name].split().index("S"))
+
+    return {name: part(name, x) for name, x in state.items()}
 
 
 def take_slots(sharding: Sharding, x: jax.Array, slots: jax.Array) -> jax.Array:

@@ -62,30 +62,38 @@ class Unit(nnx.Module):
     def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None, u: jax.Array | int = 0):
         """x [B, T, D] and the decoding state of all units -> (x after unit u, the state, x after each layer of the unit).
 
-        Each layer's part of the state is sliced out, updated and written back: the one pattern that XLA does in place.
+        Each layer's part of a stacked state is sliced out, updated and written back: the pattern that a scan does in place.
         """
         after = []
         last = len(self.layers) - 1
         for i in range(last + 1):
-            names, index = (LINEAR_STATE, (u, i)) if i < last else (ATTENTION_STATE, (u,))
-            part = None if state is None else {name: _slice(state[name], index) for name in names}
+            names, index, sizes = (LINEAR_STATE, (u, i), last) if i < last else (ATTENTION_STATE, (u,), 1)
+            part = None if state is None else {name: _slice(state[name], index, sizes) for name in names}
             x, part = self.layers[str(i)](x, inputs, part)
             if state is not None:
-                state = state | {name: _write(state[name], part[name], index) for name in names}
+                state = state | {name: _write(state[name], part[name], index, sizes) for name in names}
             after.append(x)
         return x, state, after
 
 
-def _slice(x: jax.Array, index: tuple) -> jax.Array:
+def _flat(index: tuple[int, ...], layers: int) -> int:
+    """Place of (unit, layer of the unit) in a tuple with one array a layer."""
+    return index[0] * layers + sum(index[1:])
+
+
+def _slice(x: jax.Array | tuple, index: tuple, layers: int) -> jax.Array:
+    if isinstance(x, tuple):
+        return x[_flat(index, layers)]
     n = len(index)
     return jax.lax.dynamic_slice(x, (*index, *[0] * (x.ndim - n)), (*[1] * n, *x.shape[n:])).reshape(x.shape[n:])
 
 
-def _write(x: jax.Array, part: jax.Array, index: tuple) -> jax.Array:
+def _write(x: jax.Array | tuple, part: jax.Array, index: tuple, layers: int) -> jax.Array | tuple:
+    if isinstance(x, tuple):
+        place = _flat(index, layers)
+        return (*x[:place], part, *x[place + 1 :])
     n = len(index)
     return jax.lax.dynamic_update_slice(x, part[(None,) * n], (*index, *[0] * (x.ndim - n)))
-
-
 
 
 def apply_units(unit: Callable[[Any, Any, Any], Any], params: Any, carry: Any) -> Any:

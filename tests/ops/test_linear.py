@@ -145,6 +145,25 @@ def test_shard_map():
     np.testing.assert_allclose(y, linear(x, w, "BTF,FD->BTD", out_dtype=jnp.float32), rtol=1e-4, atol=1e-4)
 
 
+def test_shard_map_vocabulary():
+    mesh = jax.make_mesh((1, 8), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    x, w = operands("BTD,VD->BTV", dtype=jnp.bfloat16)
+
+    def local(x, w):
+        return linear(x, w, "BTD,VD->BTV", out_dtype=jnp.float32)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("model")), out_specs=P(None, None, "model"))
+    np.testing.assert_allclose(jax.jit(mapped)(x, w), local(x, w), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 4097, 5 * 8 * 97])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_vocabulary_in_slabs(vocabulary, rows):
+    x, w = operands("BTD,VD->BTV", SIZES | {"V": vocabulary, "B": rows, "T": 1}, jnp.bfloat16)
+    y = jax.jit(lambda x, w: linear(x, w, "BTD,VD->BTV", out_dtype=jnp.float32))(x, w)
+    assert relative(y, exact("BTD,VD->BTV", x, w)) < 2e-6
+
+
 # --- what is compiled
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# Rows of a block. A group is cut into blocks of the largest size; the rest takes the smallest that holds it. So a group of
-# one row costs one row, and a large group rereads its weight seldom.
+# Rows of a block. A group is cut into blocks of the largest size; the rest takes the smallest that holds it. So a group
+# of one row costs one row, and a large group rereads its weight seldom.
 SIZES = (1, 8, 32, 128)
 
 

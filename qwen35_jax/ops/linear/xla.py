@@ -11,12 +11,14 @@ import jax.numpy as jnp
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
 
-# Up to this many rows, the CPU multiplies and sums a weight stored [out, in] instead of converting it to float32.
-FEW_ROWS = 16
-# One row is multiplied in this many parts of the contracted axis, each of at least MIN_PART. A constant, so that any
-# sharding of the axis over 2, 4 or 8 devices is a sharding of the parts.
+# On the CPU, one row is multiplied in this many parts of the contracted axis, each of at least MIN_PART. A constant, so
+# that any sharding of the axis over 2, 4 or 8 devices is a sharding of the parts.
 PARTS = 8
 MIN_PART = 128
+# Up to this many rows, a weight stored [out, in] is converted slab by slab, each of at most SLAB elements (of the sizes
+# that were tried, those of 2 to 8 MB in float32 were the fastest).
+FEW_ROWS = 16
+SLAB = 2**20
 
 
 def linear_xla(x: jax.Array, w: jax.Array | Fp8Weight, spec: str, out_dtype) -> jax.Array:
@@ -95,7 +97,7 @@ def _cpu_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
         w = w.reshape(-1, *w.shape[len(summed) :])
         return jax.lax.dot_general(x, w, (((x.ndim - 1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
     if x_axes == x_kept + summed and w_axes == w_kept + summed and narrow and rows <= FEW_ROWS:
-        return _multiply_and_sum(x, w, len(summed))
+        return _in_slabs(x, w, len(summed))
     x, w = x.astype(jnp.float32), w.astype(jnp.float32)
     if x_axes == summed + x_kept and w_axes == summed + w_kept:
         x, w = (a.reshape(-1, *a.shape[len(summed) :]) for a in (x, w))
@@ -113,11 +115,32 @@ def one_row(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
     return y.sum(0)[0].reshape(x.shape[: x.ndim - summed] + w.shape[summed:])
 
 
-def _multiply_and_sum(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
-    """A few rows x [..., *in] times w [*out, *in], such as the vocabulary's matrix, without a float32 copy of w."""
+def _in_slabs(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
+    """A few rows x [..., *in] times w [*out, *in], such as the vocabulary's matrix, a slab of w in float32 at a time.
+
+    Slabs are cut across PARTS equal parts of the first axis of w, so that a sharding of that axis is one of every slab.
+    """
     batch, outs = x.shape[: x.ndim - summed], w.shape[: w.ndim - summed]
     width = math.prod(w.shape[w.ndim - summed :])
     rows = x.astype(jnp.float32).reshape(-1, width)
-    columns = w.astype(jnp.float32).reshape(-1, width)
-    y = (rows[0] * columns).sum(-1) if rows.shape[0] == 1 else (rows[:, None] * columns).sum(-1)
-    return y.reshape(batch + outs)
+    w = w.reshape(PARTS if w.shape[0] % PARTS == 0 else 1, -1, width)
+    length = _slab_length(w)
+
+    def slab(i):
+        # Ties w to this step: without it XLA:CPU converts all of w before the loop. As integers, since it would also
+        # convert all of a bfloat16 array in order to slice it.
+        here, i = jax.lax.optimization_barrier((w, i))
+        bits = jax.lax.bitcast_convert_type(here, jnp.uint16)
+        bits = jax.lax.dynamic_slice_in_dim(bits, i * length, length, 1).astype(jnp.uint32) << 16
+        part = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.dot(part, rows[0])[None] if rows.shape[0] == 1 else jnp.einsum("pld,rd->rpl", part, rows)
+
+    y = jax.lax.map(slab, jnp.arange(w.shape[1] // length))  # [slabs, rows, parts, length]
+    return y.transpose(1, 2, 0, 3).reshape(batch + outs)
+
+
+def _slab_length(w: jax.Array) -> int:
+    """The longest divisor of w's second axis [parts, out / parts, in] that keeps a slab within SLAB elements."""
+    parts, length, width = w.shape
+    most = max(1, SLAB // (parts * width))
+    return max(n for n in range(1, min(most, length) + 1) if length % n == 0)

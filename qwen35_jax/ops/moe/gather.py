@@ -25,13 +25,15 @@ def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_a
     share. `expert_axes` are the mesh axes over which E is cut, `partial_axes` those over which outputs are partial sums.
     """
     b, t, d = x.shape
-    tokens, ids, weights = (
-        jax.lax.all_gather(a.reshape(b * t, -1), "data", tiled=True) for a in (x, routing.experts, routing.weights)
-    )
+    tokens, ids, weights = (a.reshape(b * t, -1) for a in (x, routing.experts, routing.weights))
+    shards = jax.lax.axis_size("data")
+    if shards > 1:
+        tokens, ids, weights = (jax.lax.all_gather(a, "data", tiled=True) for a in (tokens, ids, weights))
     local = jax.tree.leaves(experts["gate_up"])[0].shape[0]
     ids = ids - local * jax.lax.axis_index(expert_axes)
     out = _in_chunks(tokens, ids, weights, experts, local, implementation)
-    out = jax.lax.psum_scatter(out, "data", scatter_dimension=0, tiled=True)
+    if shards > 1:
+        out = jax.lax.psum_scatter(out, "data", scatter_dimension=0, tiled=True)
     if partial_axes:
         out = jax.lax.psum(out, partial_axes)
     return out.reshape(b, t, d)

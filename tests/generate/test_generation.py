@@ -1,0 +1,188 @@
+"""Generation through the Python door: batches, buckets, stopping, streaming, determinism, and what is recompiled."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qwen35_jax import UserError
+from qwen35_jax.generate.generation import capacity_bucket, prompt_buckets, slot_bucket
+
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 4000, length).tolist()
+
+
+@given(st.integers(1, 20000), st.sampled_from([1, 48, 64, 512, 2048]))
+def test_prompt_buckets_cover_the_prompt_with_few_lengths(length, chunk):
+    buckets = prompt_buckets(length, chunk)
+    assert sum(buckets) >= length > sum(buckets[:-1])
+    assert all(b == chunk for b in buckets[:-1]) and buckets[-1] <= chunk
+    assert buckets[-1] == chunk or buckets[-1] in (64, 128, 256, 512, 1024)
+
+
+@given(st.integers(1, 2_000_000))
+def test_capacity_wastes_at_most_a_quarter(tokens):
+    capacity = capacity_bucket(tokens)
+    assert 0 <= capacity - tokens < max(64, tokens / 4)
+
+
+@given(st.integers(1, 300), st.sampled_from([1, 2, 4, 8]))
+def test_slots_cover_the_rows_alike_on_every_shard(rows, shards):
+    slots = slot_bucket(rows, shards)
+    assert slots >= rows and slots % shards == 0 and slots < 2 * max(rows, shards)
+
+
+def test_greedy_answer_is_the_argmax_of_the_full_forward_pass(tiny):
+    ids = prompt(70)
+    (done,) = tiny.generate([ids], max_new_tokens=12, **GREEDY)
+    logits = np.asarray(tiny.logits([ids + done.token_ids]))[0, :, : tiny.vocabulary]
+    assert logits.argmax(-1)[69:-1].tolist() == done.token_ids
+    assert done.prompt_token_ids == ids and done.finish_reason == "length"
+
+
+def test_chunked_prefill_and_unequal_batches_change_nothing(tiny):
+    prompts = [prompt(n, n) for n in (150, 3, 64, 65, 1)]
+    alone = [tiny.generate([p], max_new_tokens=8, prefill_chunk=64, **GREEDY)[0].token_ids for p in prompts]
+    together = tiny.generate(prompts, max_new_tokens=8, **GREEDY)
+    chunked = tiny.generate(prompts, max_new_tokens=8, prefill_chunk=64, **GREEDY)
+    assert [d.token_ids for d in together] == alone
+    assert [d.token_ids for d in chunked] == alone
+
+
+def test_a_stacked_tree_says_the_same_as_an_unrolled_one(tiny, tiny_on):
+    ids = prompt(40)
+    stacked = tiny_on("1x1", True).generate([ids], max_new_tokens=8, **GREEDY)
+    assert stacked[0].token_ids == tiny.generate([ids], max_new_tokens=8, **GREEDY)[0].token_ids
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "2x2x2", "1x8"])
+def test_meshes_say_the_same(tiny, tiny_on, mesh):
+    prompts = [prompt(n, n) for n in (40, 3, 64, 17, 1)]
+    options = {"max_new_tokens": 8, "seed": [1, 2, 3, 4, 5], "temperature": 1.0, "top_k": 20, "ignore_eos": True}
+    expected = [d.token_ids for d in tiny.generate(prompts, **options)]
+    assert [d.token_ids for d in tiny_on(mesh).generate(prompts, **options)] == expected
+
+
+def test_nothing_is_compiled_again_for_other_prompts_and_settings(tiny):
+    tiny.generate([prompt(30), prompt(9)], max_new_tokens=30, **GREEDY)
+    before, compiled = tiny.programs.count, []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    tiny.generate([prompt(50), prompt(2)], max_new_tokens=9, temperature=0.7, top_p=0.9, seed=4)
+    tiny.generate([prompt(60), prompt(61)], max_new_tokens=3, top_k=5, presence_penalty=1.0, repetition_penalty=1.2)
+    tiny.generate([prompt(1), prompt(1)], max_new_tokens=1, min_p=0.1, stop=["x"])
+    assert tiny.programs.count == before and compiled == []
+    tiny.generate([prompt(65)], max_new_tokens=1)
+    assert compiled  # the listener hears what is compiled
+
+
+def test_sampling_is_reproducible_and_depends_on_the_seed(tiny):
+    options = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 20, "ignore_eos": True}
+    first, again, other = (tiny.generate([prompt(20)], seed=s, **options)[0].token_ids for s in (1, 1, 2))
+    assert first == again != other
+    both = tiny.generate([prompt(20), prompt(20)], seed=[1, 2], **options)
+    assert [d.token_ids for d in both] == [first, other]
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen(tiny_on):
+    lm = tiny_on()
+    limit, lm.programs.vocabulary = lm.programs.vocabulary, 5
+    try:
+        (done,) = lm.generate([prompt(10)], max_new_tokens=40, temperature=5.0, top_k=0, top_p=1.0, ignore_eos=True)
+    finally:
+        lm.programs.vocabulary = limit
+    assert set(done.token_ids) <= set(range(5)) and len(set(done.token_ids)) > 2
+
+
+def test_end_tokens_stop_a_row_and_not_its_neighbour(tiny):
+    ids = [prompt(20, s) for s in (1, 2)]
+    free = tiny.generate(ids, max_new_tokens=10, **GREEDY)
+    end = next(t for t in free[0].token_ids if t not in free[1].token_ids)
+    at = free[0].token_ids.index(end)
+    defaults = tiny.defaults
+    tiny.defaults = type(defaults)(eos_token_ids=(4090, end))
+    try:
+        stopped = tiny.generate(ids, max_new_tokens=10, temperature=0.0)
+    finally:
+        tiny.defaults = defaults
+    assert stopped[0].token_ids == free[0].token_ids[: at + 1] and stopped[0].finish_reason == "stop"
+    assert stopped[1].token_ids == free[1].token_ids and stopped[1].finish_reason == "length"
+
+
+def test_stop_strings_and_streaming(tiny):
+    options = {"max_new_tokens": 30, "seed": 3, "temperature": 1.0, "ignore_eos": True}
+    (free,) = tiny.generate(["hello"], **options)
+    stop = free.text[5:8]
+    (stopped,) = tiny.generate(["hello"], stop=[stop, "never this one"], **options)
+    assert stopped.text == free.text[: free.text.index(stop)] and stopped.finish_reason == "stop"
+    pieces = list(tiny.stream(["hello"], **options))
+    assert "".join(p.text for p in pieces) == free.text and pieces[-1].finish_reason == "length"
+    assert [t for p in pieces for t in p.token_ids] == free.token_ids
+    assert len(pieces) > 2
+
+
+def test_chats_go_through_the_template(tiny):
+    chat = [{"role": "user", "content": "Hi"}]
+    ids = tiny.encode(chat)
+    assert tiny.tokenizer.decode(ids, skip_special_tokens=False).startswith("<|im_start|>user\nHi<|im_end|>\n")
+    thinking = tiny.encode(chat, enable_thinking=True)
+    assert thinking != ids
+    (done,) = tiny.generate([chat], max_new_tokens=2, enable_thinking=True)
+    assert done.prompt_token_ids == thinking
+
+
+def test_presets_and_overrides(tiny):
+    assert tiny.sampling("instruct").temperature == 0.7
+    assert tiny.sampling("instruct", temperature=0.2, top_k=None).temperature == 0.2
+    assert tiny.sampling("instruct", top_k=None).top_k == 20
+    with pytest.raises(UserError, match="unknown; there are"):
+        tiny.sampling("wild")
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[]], {}, "a prompt is empty"),
+        ([""], {}, "a prompt is empty"),
+        ([], {}, "no prompt"),
+        ([[5000]], {}, "token id 5000 is not in the vocabulary"),
+        ([[-1]], {}, "token id -1"),
+        ([[1] * 512], {}, "512 tokens, but the context is 512"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[1]], {"temperature": -1.0}, "temperature is -1.0"),
+        ([[1]], {"seed": [1, 2]}, "2 seeds for 1 prompts"),
+        ([[1]], {"prefill_chunk": 0}, "prefill_chunk is 0"),
+        ([[1]], {"stop": [""]}, "stop string"),
+        ([[{"role": "cook", "content": "x"}]], {}, "role"),
+    ],
+)
+def test_bad_requests_are_one_line(tiny, prompts, options, message):
+    with pytest.raises(UserError, match=message) as error:
+        tiny.generate(prompts, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_the_context_limits_the_answer(tiny):
+    tokens = tiny.config.max_position_embeddings - 3
+    (done,) = tiny.generate([[1] * tokens], max_new_tokens=50, **GREEDY)
+    assert len(done.token_ids) == 3 and done.finish_reason == "length"
+
+
+def test_packed_documents_are_separate_documents(tiny):
+    a, b = prompt(40, 1), prompt(50, 2)
+    packed = np.asarray(tiny.logits([a + b], segment_ids=[[1] * 40 + [2] * 50]))[0]
+    apart = np.concatenate([np.asarray(tiny.logits([x]))[0] for x in (a, b)])
+    np.testing.assert_allclose(packed, apart, atol=2e-4)
+
+
+@pytest.mark.parametrize("wrong", [[[0.5]], [1, 2], [[]], np.zeros((1, 2, 3), int)])
+def test_logits_refuse_what_are_no_token_ids(tiny, wrong):
+    with pytest.raises(UserError, match="token_ids"):
+        tiny.logits(wrong)
