@@ -156,7 +156,7 @@ def test_shard_map_vocabulary():
     np.testing.assert_allclose(jax.jit(mapped)(x, w), local(x, w), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("vocabulary", [4096, 4097, 5 * 8 * 97])
+@pytest.mark.parametrize("vocabulary", [4096, 4099, 5 * 8 * 97])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_vocabulary_in_slabs(vocabulary, rows):
     x, w = operands("BTD,VD->BTV", SIZES | {"V": vocabulary, "B": rows, "T": 1}, jnp.bfloat16)
@@ -170,7 +170,7 @@ def test_vocabulary_in_slabs(vocabulary, rows):
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("spec", ["BTD,DNGH->BTNGH", "BTNH,NHD->BTD", "BTF,FD->BTD", "BTD,VD->BTV"])
 def test_cpu_writes_no_float32_copy_of_the_weight(spec, rows):
-    x, w = operands(spec, SIZES | {"B": rows, "T": 1}, jnp.bfloat16)
+    x, w = operands(spec, SIZES | {"B": rows, "T": 1, "V": 16384}, jnp.bfloat16)
     compiled = jax.jit(linear, static_argnums=2).lower(x, w, spec).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < w.nbytes / 2
 

@@ -140,7 +140,8 @@ def _in_slabs(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
 
 
 def _slab_length(w: jax.Array) -> int:
-    """The longest divisor of w's second axis [parts, out / parts, in] that keeps a slab within SLAB elements."""
+    """The longest divisor of the second axis of w [parts, out / parts, in] that keeps a slab within SLAB elements."""
     parts, length, width = w.shape
-    most = max(1, SLAB // (parts * width))
-    return max(n for n in range(1, min(most, length) + 1) if length % n == 0)
+    most = min(length, max(1, SLAB // (parts * width)))
+    longest = max(n for n in range(1, most + 1) if length % n == 0)
+    return longest if longest * 16 >= most else length  # a size without useful divisors is converted whole
