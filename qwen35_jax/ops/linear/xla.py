@@ -133,10 +133,10 @@ def _in_slabs(x: jax.Array, w: jax.Array, summed: int) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(here, jnp.uint16)
         bits = jax.lax.dynamic_slice_in_dim(bits, i * length, length, 1).astype(jnp.uint32) << 16
         part = jax.lax.bitcast_convert_type(bits, jnp.float32)
-        return jnp.dot(part, rows[0])[None] if rows.shape[0] == 1 else jnp.einsum("pld,rd->rpl", part, rows)
+        return jnp.dot(part, rows[0])[..., None] if rows.shape[0] == 1 else jnp.einsum("pld,rd->plr", part, rows)
 
-    y = jax.lax.map(slab, jnp.arange(w.shape[1] // length))  # [slabs, rows, parts, length]
-    return y.transpose(1, 2, 0, 3).reshape(batch + outs)
+    y = jax.lax.map(slab, jnp.arange(w.shape[1] // length))  # [slabs, parts, length, rows]
+    return y.transpose(3, 1, 0, 2).reshape(batch + outs)
 
 
 def _slab_length(w: jax.Array) -> int:
