@@ -81,8 +81,8 @@ def _tensor_ranges(view: View, ranges: Ranges) -> tuple[Ranges, tuple[slice, ...
         size = math.prod(group[1:])
         boxes.append((outer[0] * size, outer[1] * size))
         inner += [slice(None), *(slice(*r) for r in rest)]
-    offset = view.rows[0]
-    boxes[0] = (boxes[0][0] + offset, boxes[0][1] + offset)
+    offset, axis = view.rows[0], view.rows_axis
+    boxes[axis] = (boxes[axis][0] + offset, boxes[axis][1] + offset)
     return tuple(boxes), tuple(inner)
 
 

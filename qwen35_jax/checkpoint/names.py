@@ -31,7 +31,8 @@ class View:
     """parameter = tensor[rows].reshape(split).transpose(order).
 
     `groups` has one tuple for each axis of the tensor (rows already taken): what that axis is split into; () drops an
-    axis of size 1. `rows` is (start, stop) of the tensor's first axis. `fp8`: FP8 checkpoints quantise the tensor.
+    axis of size 1. `rows` is (start, stop) of the tensor's axis `rows_axis` (fused experts: the second, gate above up).
+    `fp8`: FP8 checkpoints quantise the tensor.
     """
 
     name: str
@@ -40,6 +41,7 @@ class View:
     order: tuple[int, ...]
     rows: tuple[int, int]
     fp8: bool = False
+    rows_axis: int = 0
 
     @property
     def split(self) -> tuple[int, ...]:
@@ -52,18 +54,22 @@ class View:
 
     def take(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter, from the whole tensor."""
-        return tensor[slice(*self.rows)].reshape(self.split).transpose(self.order)
+        return self._part(tensor).reshape(self.split).transpose(self.order)
 
     def put(self, tensor: np.ndarray, parameter: np.ndarray) -> None:
         """Writes the parameter into its part of the tensor."""
-        part = tensor[slice(*self.rows)]
+        part = self._part(tensor)
         part[...] = np.asarray(parameter).transpose(np.argsort(self.order)).reshape(part.shape)
+
+    def _part(self, tensor: np.ndarray) -> np.ndarray:
+        return tensor[(slice(None),) * self.rows_axis + (slice(*self.rows),)]
 
     def scales(self) -> View:
         """The same part of the tensor's FP8 scales. UserError where blocks of 128 do not follow the heads."""
         shape = scale_shape(self.tensor_shape, halves(self.name))
         lead = len(shape) - 2  # experts have no blocks over their first axis
-        aligned = all(n % BLOCK == 0 for n in self.rows) or self.rows == (0, self.tensor_shape[0])
+        whole_axis = self.rows == (0, self.tensor_shape[self.rows_axis])
+        aligned = whole_axis or halves(self.name) == 2 or all(n % BLOCK == 0 for n in self.rows)
         for group in self.groups[lead:]:
             whole = math.prod(group[:-1]) == 1 or halves(self.name) == 2
             aligned &= whole or not group or group[-1] % BLOCK == 0
@@ -71,8 +77,12 @@ class View:
             what = f"its heads are no multiples of the {BLOCK} x {BLOCK} blocks"
             raise UserError(f"{self.name} cannot be kept in FP8: {what}; load it dequantised")
         groups = self.groups[:lead] + tuple(g[:-1] + (blocks(g[-1]),) for g in self.groups[lead:])
-        rows = (0, shape[0]) if lead else (self.rows[0] // BLOCK, blocks(self.rows[1]))
-        return View(scale_name(self.name), shape, groups, self.order, rows)
+        if halves(self.name) == 2:  # gate and up have blocks of their own
+            half = blocks(self.rows[1] - self.rows[0])
+            rows = (0, half) if self.rows[0] == 0 else (half, 2 * half)
+        else:
+            rows = (0, shape[0]) if lead else (self.rows[0] // BLOCK, blocks(self.rows[1]))
+        return View(scale_name(self.name), shape, groups, self.order, rows, rows_axis=self.rows_axis)
 
 
 def blocks(n: int) -> int:
@@ -160,12 +170,19 @@ def _mlp(c: ModelConfig, base: str) -> dict:
     return {
         "router": _transposed(f"{base}gate.weight", (e,), (d,)),
         "experts": {
-            "gate_up": _view(f"{base}experts.gate_up_proj", ((e,), (2, f), (d,)), (0, 3, 1, 2), fp8=True),
+            "gate": _expert_half(f"{base}experts.gate_up_proj", (e, f, d), 0),
+            "up": _expert_half(f"{base}experts.gate_up_proj", (e, f, d), 1),
             "down": _view(f"{base}experts.down_proj", ((e,), (d,), (f,)), (0, 2, 1), fp8=True),
         },
         "shared": _dense(d, c.shared_expert_intermediate_size, f"{base}shared_expert."),
         "shared_gate": _view(f"{base}shared_expert_gate.weight", ((), (d,))),
     }
+
+
+def _expert_half(name: str, shape: tuple[int, int, int], half: int) -> View:
+    """Gate (0) or up (1) of the fused experts [E, 2F, D], as [E, D, F]."""
+    e, f, d = shape
+    return View(name, (e, 2 * f, d), ((e,), (f,), (d,)), (0, 2, 1), (half * f, half * f + f), True, rows_axis=1)
 
 
 def _layer(c: ModelConfig, base: str, full: bool) -> dict:

@@ -11,7 +11,7 @@ from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
-from qwen35_jax.ops.moe import moe_apply, route
+from qwen35_jax.ops.moe import EXPERT_AXES, moe_apply, route
 from qwen35_jax.sharding import Sharding
 
 
@@ -36,11 +36,12 @@ class DenseMlp(nnx.Module):
 
 
 class Experts(nnx.Module):
-    """The weights of the routed experts; gate and up lie side by side so that one product serves both."""
+    """The weights of the routed experts."""
 
     def __init__(self, config: ModelConfig):
         e, d, f = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.gate_up = declare(config, "E D G F", (e, d, 2, f), fp8=True)
+        self.gate = declare(config, "E D F", (e, d, f), fp8=True)
+        self.up = declare(config, "E D F", (e, d, f), fp8=True)
         self.down = declare(config, "E F D", (e, f, d), fp8=True)
 
 
@@ -60,7 +61,7 @@ class MoeMlp(nnx.Module):
         """x [B, T, D] -> [B, T, D]; padding is routed nowhere."""
         logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32, implementation=self.forms.linear)
         routing = route(logits, self.top_k, inputs.segment_ids > 0)
-        experts = {"gate_up": self.experts.gate_up.get_value(), "down": self.experts.down.get_value()}
+        experts = {name: getattr(self.experts, name).get_value() for name in EXPERT_AXES}
         routed = moe_apply(x, routing, experts, self.sharding, self.forms.moe, implementation=self.forms.grouped_linear)
         gate = linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32, implementation=self.forms.linear)
         shared = self.shared(x, inputs)

@@ -86,7 +86,8 @@ def test_views_follow_the_mathematics():
         np.testing.assert_array_equal(take("0", "mixer", f"conv_{part}").reshape(-1, 4), conv)
 
     expert = tensors[base + "0.mlp.experts.gate_up_proj"].astype(np.float32)
-    ours = np.einsum("d,edgf->egf", x, take("0", "mlp", "experts", "gate_up")).reshape(c.num_experts, -1)
+    halves = [np.einsum("d,edf->ef", x, take("0", "mlp", "experts", half)) for half in ("gate", "up")]
+    ours = np.concatenate(halves, axis=1)
     np.testing.assert_allclose(ours, expert @ x, rtol=1e-5, atol=1e-5)  # rows of the gate first
 
     view = views[("mtp", "fc")]

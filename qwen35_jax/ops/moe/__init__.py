@@ -12,15 +12,15 @@ from qwen35_jax.ops.moe.reference import moe_reference
 from qwen35_jax.ops.moe.routing import Routing, route
 from qwen35_jax.sharding import Sharding
 
-__all__ = ["Routing", "moe_apply", "moe_reference", "route"]
+__all__ = ["EXPERT_AXES", "Routing", "moe_apply", "moe_reference", "route"]
 
-EXPERT_AXES = {"gate_up": "E D G F", "down": "E F D"}
+EXPERT_AXES = {"gate": "E D F", "up": "E D F", "down": "E F D"}
 
 
 def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str = "gather", *, implementation=None):
     """Sum over each token's experts of weight x down(silu(gate) * up). Drops nothing; differentiable.
 
-    x [B, T, D]; routing [B, T, k]; experts {"gate_up": [E, D, 2, F], "down": [E, F, D]}, arrays or Fp8Weight -> [B, T, D] in
+    x [B, T, D]; routing [B, T, k]; experts {"gate", "up": [E, D, F], "down": [E, F, D]}, arrays or Fp8Weight -> [B, T, D] in
     x.dtype. `form`: "gather" (all-gather, local grouped products, reduce-scatter).
     """
     if form != "gather":
@@ -28,7 +28,7 @@ def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str 
     shapes = {name: [a.shape for a in jax.tree.leaves(w)] for name, w in experts.items()}
     specs = {name: sharding.parameter_spec(axes, *shapes[name]) for name, axes in EXPERT_AXES.items()}
     expert_axes, f_axes = sharding.expert_axes(
-        *(dict(zip(EXPERT_AXES["gate_up"].split(), s, strict=True)) for s in shapes["gate_up"])
+        *(dict(zip(EXPERT_AXES["gate"].split(), s, strict=True)) for s in shapes["gate"])
     )
     tokens = sharding.spec("B T D")
     local = functools.partial(

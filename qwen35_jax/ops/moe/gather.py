@@ -5,8 +5,6 @@ Static shapes, nothing dropped, the same code on CPU, GPU and TPU. Per device it
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -21,7 +19,7 @@ BUFFER_BYTES = 256 * 2**20
 def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_axes, implementation: str | None):
     """One device's part of the mixture of experts; runs inside `shard_map`.
 
-    x [b, T, D] with routing [b, T, k] for the device's own tokens; experts gate_up [E', D, 2, F'], down [E', F', D] its own
+    x [b, T, D] with routing [b, T, k] for the device's own tokens; experts gate and up [E', D, F'], down [E', F', D] its own
     share. `expert_axes` are the mesh axes over which E is cut, `partial_axes` those over which outputs are partial sums.
     """
     b, t, d = x.shape
@@ -29,7 +27,7 @@ def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_a
     shards = jax.lax.axis_size("data")
     if shards > 1:
         tokens, ids, weights = (jax.lax.all_gather(a, "data", tiled=True) for a in (tokens, ids, weights))
-    local = jax.tree.leaves(experts["gate_up"])[0].shape[0]
+    local = jax.tree.leaves(experts["gate"])[0].shape[0]
     ids = ids - local * jax.lax.axis_index(expert_axes)
     out = _in_chunks(tokens, ids, weights, experts, local, implementation)
     if shards > 1:
@@ -42,8 +40,8 @@ def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_a
 def _in_chunks(tokens, ids, weights, experts, local: int, implementation):
     """Runs `_local_experts` over chunks of the group's tokens, so that the row buffers stay below BUFFER_BYTES."""
     count, d = tokens.shape
-    width = math.prod(jax.tree.leaves(experts["gate_up"])[0].shape[2:])
-    row_bytes = (2 * d + 2 * width) * tokens.dtype.itemsize + 4 * d
+    width = jax.tree.leaves(experts["gate"])[0].shape[2]
+    row_bytes = (2 * d + 3 * width) * tokens.dtype.itemsize + 4 * d
     rows_per_token = min(ids.shape[1], local)
     chunk = max(1, BUFFER_BYTES // (row_bytes * rows_per_token))
     if chunk >= count:
@@ -66,8 +64,9 @@ def _local_experts(tokens, ids, weights, experts, local: int, implementation):
     order = jnp.argsort(flat, stable=True)[:rows]
     token = order // k
     group_sizes = jnp.zeros(local + 1, jnp.int32).at[flat].add(1)[:local]
-    hidden = grouped_linear(tokens[token], experts["gate_up"], group_sizes, implementation=implementation)
-    hidden = jax.nn.silu(hidden[:, 0]) * hidden[:, 1]
+    rows_in = tokens[token]
+    gate, up = (grouped_linear(rows_in, experts[n], group_sizes, implementation=implementation) for n in ("gate", "up"))
+    hidden = jax.nn.silu(gate) * up
     out = grouped_linear(hidden, experts["down"], group_sizes, implementation=implementation)
     weighted = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     # Rows beyond the groups are zero, so adding them to whichever token they name changes nothing.
