@@ -28,18 +28,18 @@ CASES = [
     (Case("v5p", "2x4", "0.8b", "prefill", length=128), 56),
     (Case("tpu7x", "2x4", "0.8b", "prefill", length=128), 190),
     (Case("h100", "2x4", "0.8b", "prefill", length=128), 48),
-    (Case("v5e", "2x4", "35b-a3b", "decode"), 1900),
-    (Case("v6e", "2x4", "35b-a3b", "decode"), 1400),
-    (Case("v5p", "2x4", "35b-a3b", "decode"), 1900),
+    (Case("v5e", "2x4", "35b-a3b", "decode"), 1810),
+    (Case("v6e", "2x4", "35b-a3b", "decode"), 820),
+    (Case("v5p", "2x4", "35b-a3b", "decode"), 840),
     (Case("tpu7x", "2x4", "35b-a3b", "decode"), 10700),
-    (Case("h100", "2x4", "35b-a3b", "decode"), 1000),
-    (Case("h200", "2x4", "35b-a3b", "decode"), 1000),
-    (Case("v5e", "2x4", "35b-a3b", "prefill", length=128), 1900),
-    (Case("h100", "2x4", "35b-a3b", "prefill", length=128), 1000),
-    (Case("v5p-64", "4x16", "397b-a17b", "decode"), 1100),
-    (Case("h200", "2x4", "397b-a17b", "decode"), 1300),
-    (Case("h100-2", "4x4", "397b-a17b", "decode"), 1300),
-    (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 1000),
+    (Case("h100", "2x4", "35b-a3b", "decode"), 190),
+    (Case("h200", "2x4", "35b-a3b", "decode"), 190),
+    (Case("v5e", "2x4", "35b-a3b", "prefill", length=128), 1370),
+    (Case("h100", "2x4", "35b-a3b", "prefill", length=128), 550),
+    (Case("v5p-64", "4x16", "397b-a17b", "decode"), 1040),
+    (Case("h200", "2x4", "397b-a17b", "decode"), 1250),
+    (Case("h100-2", "4x4", "397b-a17b", "decode"), 670),
+    (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 950),
 ]
 SLOW = [
     (Case("v6e", "2x4", "0.8b", "prefill"), 200),
@@ -83,7 +83,7 @@ def test_compiles(case, ceiling):
 
 
 def _check_collectives(case: Case, result: dict):
-    """Nothing as large as one activation but what is expected, and nothing larger than all tokens' activations."""
+    """Nothing as large as one activation but what is expected, and nothing larger than all tokens' in float32."""
     hidden, experts, layers = result["hidden_size"], result["experts"], result["unit_layers"]
     *replica, data, _ = (int(n) for n in case.mesh.split("x"))
     tokens = case.rows * (case.length if case.step == "prefill" else 1)
@@ -92,4 +92,4 @@ def _check_collectives(case: Case, result: dict):
     found = collections.Counter(kind for kind, *_ in large)
     expected = _expected(case, experts > 0, layers)
     assert all(count <= expected.get(kind, 0) for kind, count in found.items()), (found, expected, large)
-    assert max(size for _, size, *_ in large) <= 1.1 * tokens * hidden * 2, large
+    assert max(size for _, size, *_ in large) <= 1.1 * tokens * hidden * 4, large
