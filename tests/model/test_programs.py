@@ -1,0 +1,82 @@
+"""The compiled steps as programs: size against depth, what decoding holds in memory, which collectives a mesh costs."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from qwen35_jax import ModelConfig
+from qwen35_jax.generate import steps
+from qwen35_jax.model import Model, abstract_state, zero_slots
+from qwen35_jax.sharding import Sharding, make_mesh
+from tests.hlo import collectives
+
+SMALL = ModelConfig.preset("tiny").replace(
+    dtype="float32", num_hidden_layers=8, hidden_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=32
+)
+DENSE = SMALL.replace(num_experts=0, num_experts_per_tok=0, intermediate_size=64, shared_expert_intermediate_size=0)
+
+
+def model(config: ModelConfig, mesh: str = "1x1") -> Model:
+    return Model(config, Sharding(make_mesh(mesh)))
+
+
+def test_the_program_does_not_grow_with_depth():
+    whole = ModelConfig.preset("397b-a17b")
+
+    def lines(config) -> int:
+        return steps.make_decode(model(config), 1, 1024, config.vocab_size).lower().as_text().count("\n")
+
+    assert lines(whole) == lines(whole.replace(num_hidden_layers=8))
+
+
+def test_decode_copies_no_more_than_one_units_cache():
+    capacity, slots = 4096, 4
+    config = DENSE.replace(num_hidden_layers=16)
+    program = steps.make_decode(model(config), slots, capacity, config.vocab_size, stacked=False)
+    state = abstract_state(config, program_sharding(), slots, capacity, stacked=False)
+    unit = sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in (state["k"][0], state["v"][0]))
+    assert program.compile().memory_analysis().temp_size_in_bytes < unit
+
+
+def program_sharding() -> Sharding:
+    return Sharding(make_mesh("1x1"))
+
+
+def test_slots_are_emptied_for_reuse():
+    for stacked in (True, False):
+        shapes = abstract_state(SMALL, program_sharding(), 4, 64, stacked=stacked)
+        state = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+        cleared = zero_slots(state, np.array([True, False, True, False]))
+        for name in ("recurrent", "conv_q", "conv_k", "conv_v"):
+            axis = 2 if stacked else 0
+            for leaf in jax.tree.leaves(cleared[name]):
+                kept = np.moveaxis(np.asarray(leaf, np.float32), axis, 0)
+                assert not kept[[0, 2]].any() and kept[[1, 3]].all()
+        assert cleared["length"].tolist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_weights_do_not_depend_on_mesh_or_form(stacked):
+    expected = jax.tree.map(np.asarray, model(SMALL).init_params(3, stacked=False))
+    params = jax.tree.map(np.asarray, model(SMALL, "2x4").init_params(3, stacked))
+    if stacked:
+        params["units"] = tuple(jax.tree.map(lambda x, u=u: x[u], params["units"]) for u in range(SMALL.num_units))
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize(("mesh", "config", "allowed"), [
+    ("8x1", DENSE, set()),
+    ("1x8", DENSE, {"all-reduce", "all-gather"}),  # sums of partial products; candidates of the sampler
+    ("8x1", SMALL, {"all-gather", "reduce-scatter"}),  # tokens to experts and back
+    ("2x4", SMALL, {"all-gather", "reduce-scatter", "all-reduce"}),
+])  # fmt: skip
+def test_collectives_of_decode(mesh, config, allowed):
+    text = steps.make_decode(model(config, mesh), 8, 64, config.vocab_size).compile().as_text()
+    found = [c for c in collectives(text) if c.group > 1]
+    kinds = {c.kind for c in found}
+    # One more everywhere: "have all rows ended?", a single boolean.
+    assert kinds <= allowed | {"all-reduce"}, kinds
+    weights = min(config.hidden_size * config.vocab_size, config.hidden_size * 64 * 4)
+    assert all(c.bytes < weights * 4 for c in found), "a whole weight is gathered"
