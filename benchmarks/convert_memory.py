@@ -166,9 +166,7 @@ def main(arguments: list[str]) -> None:
         source = open_source(str(work / "hf"))
         canonical = CanonicalSource(source, ModelConfig.from_hf(config))
         sizes = [_bytes(t.shape) for t in canonical.tensors.values()]
-        print(
-            f"{sum(sizes) / 2**30:.2f} GiB in {len(source.tensors)} tensors, largest array {max(sizes) / 2**30:.2f} GiB"
-        )
+        print(f"{sum(sizes) / 2**30:.2f} GiB in {len(source.tensors)} tensors, largest array {max(sizes) / 2**30:.2f} GiB")
         print(f"{'step':<22} {'peak anonymous GiB':>18} {'seconds':>8}")
         convert = ("-m", "qwen35_jax.convert")
         steps = {

@@ -105,11 +105,17 @@ class ModelConfig:
         if self.mtp_num_hidden_layers not in (0, 1):
             raise UserError(f"config: mtp_num_hidden_layers is {self.mtp_num_hidden_layers}; accepted are 0 and 1")
         if self.num_experts and not 0 < self.num_experts_per_tok <= self.num_experts:
-            raise UserError(f"config: num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to num_experts ({self.num_experts})")
+            raise UserError(
+                f"config: num_experts_per_tok ({self.num_experts_per_tok}) must be 1 to num_experts ({self.num_experts})"
+            )
         if self.rotary_dim % 2 or not 0 < self.rotary_dim <= self.head_dim:
-            raise UserError(f"config: head_dim x partial_rotary_factor = {self.head_dim * self.rope.partial_rotary_factor} is no even width")
+            raise UserError(
+                f"config: head_dim x partial_rotary_factor = {self.head_dim * self.rope.partial_rotary_factor} is no even width"
+            )
         if sum(self.rope.mrope_section) * 2 != self.rotary_dim:
-            raise UserError(f"config: mrope_section {list(self.rope.mrope_section)} must add up to {self.rotary_dim // 2} rotary pairs")
+            raise UserError(
+                f"config: mrope_section {list(self.rope.mrope_section)} must add up to {self.rotary_dim // 2} rotary pairs"
+            )
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype is {self.dtype!r}; accepted are bfloat16 and float32")
 
@@ -243,7 +249,8 @@ def _interval(f: _Fields, layers: int) -> int:
     pattern = ["linear_attention"] * (interval - 1) + ["full_attention"]
     if not interval or len(kinds) != layers or kinds != pattern * (layers // interval):
         raise UserError(
-            f"config: {f.where}layer_types must hold num_hidden_layers ({layers}) entries that repeat linear_attention, …, full_attention"
+            f"config: {f.where}layer_types must hold num_hidden_layers ({layers}) entries that "
+            "repeat linear_attention, …, full_attention"
         )
     return interval
 
@@ -304,7 +311,8 @@ def _quantized(raw: Mapping[str, Any]) -> bool:
     return True
 
 
-# hidden, layers, query heads, key/value heads, Gated DeltaNet value heads, dense width | (experts, top-k, expert width), tied, vision
+# hidden, layers, query heads, key/value heads, Gated DeltaNet value heads, dense width or (experts, top-k, expert width), tied,
+# vision (depth, hidden, intermediate, heads)
 _SIZES: dict[str, tuple] = {
     "0.8b": (1024, 24, 8, 2, 16, 3584, True, (12, 768, 3072, 12)),
     "2b": (2048, 24, 8, 2, 16, 6144, True, (24, 1024, 4096, 16)),

@@ -34,9 +34,7 @@ def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise UserError(f"expected SRC and DST, got {len(arguments)} arguments; see --help")
     jax.config.update("jax_platforms", "cpu")  # Orbax asks JAX for its devices; files need no accelerator
-    logging.set_verbosity(
-        logging.FATAL
-    )  # Orbax warns that there is no OCDBT to merge, and logs errors that it raises too
+    logging.set_verbosity(logging.FATAL)  # Orbax warns that there is no OCDBT to merge, and logs errors that it raises too
     sys.unraisablehook = _unraisable
     convert(*arguments, TO.value, revision=REVISION.value)
 

@@ -139,7 +139,9 @@ def test_no_file(tmp_path):
         ModelConfig.from_hf(tmp_path)
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5), lambda x: st.lists(x, max_size=3)
+)
 
 
 @given(st.sampled_from(sorted(tiny_json()["text_config"])), JSON)

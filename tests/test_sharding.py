@@ -74,7 +74,11 @@ def test_repeated_heads_and_their_gradient(mesh):
 @pytest.mark.parametrize(
     ("mesh", "change", "message"),
     [
-        ("1x8", {"num_attention_heads": 6, "num_key_value_heads": 6}, r"num_attention_heads \(6\); meshes of 8 devices that work: 8x1, 4x2"),
+        (
+            "1x8",
+            {"num_attention_heads": 6, "num_key_value_heads": 6},
+            r"num_attention_heads \(6\); meshes of 8 devices that work: 8x1, 4x2",
+        ),
         ("8x1", {"num_experts": 12}, r"data shards do not divide num_experts \(12\).*4x2"),
         ("1x8", {"vocab_size": 4095}, r"do not divide vocab_size \(4095\).*8x1"),
         ("1x8", {"shared_expert_intermediate_size": 100}, "shared_expert_intermediate_size"),

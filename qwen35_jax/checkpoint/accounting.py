@@ -33,9 +33,7 @@ def expected_tensors(source: CanonicalSource, config: ModelConfig, *, mtp: bool 
     if any(name.startswith(VISION) for name in source.tensors):
         expected |= {name: Expected(shape) for name, shape in vision_shapes(config).items()}
     if config.tie_word_embeddings and "lm_head.weight" in source.tensors:
-        expected["lm_head.weight"] = Expected(
-            (config.vocab_size, config.hidden_size)
-        )  # a copy of the embedding; not loaded
+        expected["lm_head.weight"] = Expected((config.vocab_size, config.hidden_size))  # a copy of the embedding; not loaded
     return expected
 
 

@@ -56,9 +56,7 @@ def fill(target: np.ndarray, source: TensorSource, view: View, ranges: Ranges, *
     elif values.dtype != target.dtype:
         values = values.astype(target.dtype)
     split = [
-        n
-        for group, (start, stop) in zip(view.groups, tensor_ranges, strict=True)
-        for n in _split_range(group, stop - start)
+        n for group, (start, stop) in zip(view.groups, tensor_ranges, strict=True) for n in _split_range(group, stop - start)
     ]
     copy_transposed(target, values.reshape(split)[inner].transpose(view.order))
 

@@ -80,18 +80,11 @@ class CanonicalSource:
         suffix = "_scale_inv" if fused.endswith("_scale_inv") else ""
         base = fused.split(".experts.")[0]
         wanted = [[(e, kind) for kind in kinds] for e in range(count)]
-        absent = [
-            f"{base}.experts.{e}.{kind}_proj.weight{suffix}"
-            for row in wanted
-            for e, kind in row
-            if (e, kind) not in parts
-        ]
+        absent = [f"{base}.experts.{e}.{kind}_proj.weight{suffix}" for row in wanted for e, kind in row if (e, kind) not in parts]
         names = tuple(tuple(parts.get(key, "") for key in row) for row in wanted)
         specs = [self.source.tensors[name] for name in parts.values()]
         first = specs[0]
-        odd = [
-            n for n, s in zip(parts.values(), specs, strict=True) if (s.dtype, s.shape) != (first.dtype, first.shape)
-        ]
+        odd = [n for n, s in zip(parts.values(), specs, strict=True) if (s.dtype, s.shape) != (first.dtype, first.shape)]
         if odd or len(first.shape) != 2:
             self.problems.append(f"{odd[0] if odd else names[0][0]} differs from the other experts in shape or dtype")
         elif fused in self.tensors:

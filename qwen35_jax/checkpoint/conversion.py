@@ -76,9 +76,7 @@ def _check_space(directory: epath.Path, size: int) -> None:
     if is_local(directory):
         free = shutil.disk_usage(directory).free
         if free < size:
-            raise UserError(
-                f"{directory.parent} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are to be written"
-            )
+            raise UserError(f"{directory.parent} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are to be written")
 
 
 def _reason(error: Exception) -> str:
@@ -88,9 +86,7 @@ def _reason(error: Exception) -> str:
     return " ".join(text.split())[:300] or type(error).__name__
 
 
-def _to_orbax(
-    source: HuggingFaceSource, canonical: CanonicalSource, work: epath.Path, advance: Callable[[int], None]
-) -> None:
+def _to_orbax(source: HuggingFaceSource, canonical: CanonicalSource, work: epath.Path, advance: Callable[[int], None]) -> None:
     write_orbax(work, canonical, advance)
     tensors = {name: Stored(entry.dtype, entry.shape) for name, entry in canonical.tensors.items()}
     headers = {name: shard.header for name, shard in source.shards.items()}
@@ -126,9 +122,7 @@ def _places(record: Record, canonical: CanonicalSource, source: OrbaxSource) -> 
     return places
 
 
-def _data(
-    source: OrbaxSource, header: Header, places: dict[str, Place], advance: Callable[[int], None]
-) -> Iterator[np.ndarray]:
+def _data(source: OrbaxSource, header: Header, places: dict[str, Place], advance: Callable[[int], None]) -> Iterator[np.ndarray]:
     """The data of one file, in order, in pieces."""
     for original in header.tensors:
         name, index = places[original]

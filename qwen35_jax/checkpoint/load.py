@@ -61,9 +61,7 @@ def load_params(source: TensorSource, config: ModelConfig, abstract: dict, *, pr
     arrays: list[jax.Array] = []
     with (
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-        tqdm.tqdm(
-            total=sum(p.nbytes for p in plans), unit="B", unit_scale=True, desc="load", disable=not progress
-        ) as bar,
+        tqdm.tqdm(total=sum(p.nbytes for p in plans), unit="B", unit_scale=True, desc="load", disable=not progress) as bar,
     ):
         for batch in _batches(plans):
             built = _build(batch, source, pool)

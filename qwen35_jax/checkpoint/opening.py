@@ -40,7 +40,5 @@ def open_source(path_or_id: str, revision: str | None = None) -> HuggingFaceSour
     if RECORD in names and names & set(ORBAX_MARKS):
         return OrbaxSource(path)
     if names & set(ORBAX_MARKS):
-        raise UserError(
-            f"{path} is an Orbax checkpoint without {RECORD}, so no conversion made it: give the original directory"
-        )
+        raise UserError(f"{path} is an Orbax checkpoint without {RECORD}, so no conversion made it: give the original directory")
     return HuggingFaceSource(path)

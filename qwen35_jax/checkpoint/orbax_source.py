@@ -72,11 +72,7 @@ def _check_name(name: str, path: epath.Path) -> None:
 def _stored(name: str, entry: Any, path: epath.Path) -> Stored:
     _check_name(name, path)
     shape = entry.get("shape") if isinstance(entry, dict) else None
-    if (
-        not isinstance(shape, list)
-        or not all(type(n) is int and n >= 0 for n in shape)
-        or entry.get("dtype") not in DTYPES
-    ):
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or entry.get("dtype") not in DTYPES:
         raise UserError(f"{path} is damaged at tensor {name}: convert the checkpoint again")
     return Stored(DTYPES[entry["dtype"]], tuple(shape))
 
@@ -119,9 +115,7 @@ class OrbaxSource:
             spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}  # a lost chunk is no zeros
             stored = ts.open(spec, context=self._context, open=True, read=True).result()
         except (ValueError, OSError) as e:
-            raise UserError(
-                f"{self.directory}: tensor {name} is missing or damaged ({str(e)[:200]}); convert again"
-            ) from None
+            raise UserError(f"{self.directory}: tensor {name} is missing or damaged ({str(e)[:200]}); convert again") from None
         wanted = self.tensors[name]
         if (stored.shape, stored.dtype.numpy_dtype) != (wanted.shape, wanted.dtype):
             have = f"{stored.dtype.name} {list(stored.shape)}"

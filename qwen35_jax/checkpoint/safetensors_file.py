@@ -77,9 +77,7 @@ def parse_header(raw: bytes, where: str) -> Header:
     try:
         entries = json.loads(raw.decode("utf-8"), object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
-        raise UserError(
-            f"{where}: the safetensors header is not valid JSON ({_short(e)}); download the file again"
-        ) from None
+        raise UserError(f"{where}: the safetensors header is not valid JSON ({_short(e)}); download the file again") from None
     if not isinstance(entries, dict):
         raise UserError(f"{where}: the safetensors header is no JSON object; download the file again")
     metadata = entries.pop(METADATA, {})
@@ -91,9 +89,7 @@ def parse_header(raw: bytes, where: str) -> Header:
     for name, info in infos:
         if info.start != position:
             problem = "overlaps the tensor before it" if info.start < position else "leaves a hole before it"
-            raise UserError(
-                f"{where}: the data of tensor {name!r:.200} {problem} (starts at {info.start}, expected {position})"
-            )
+            raise UserError(f"{where}: the data of tensor {name!r:.200} {problem} (starts at {info.start}, expected {position})")
         position = info.stop
     return Header(dict(infos), metadata, raw)
 
@@ -149,34 +145,22 @@ class SafetensorsFile:
             prefix = f.read(8)
             length = int.from_bytes(prefix, "little")
             if prefix == b"version ":
-                raise UserError(
-                    f"{self.path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its directory"
-                )
+                raise UserError(f"{self.path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its directory")
             if len(prefix) < 8:
-                raise UserError(
-                    f"{self.path} is truncated: {self.size} bytes, too few for a safetensors header; {again}"
-                )
+                raise UserError(f"{self.path} is truncated: {self.size} bytes, too few for a safetensors header; {again}")
             if length > MAX_HEADER:
-                raise UserError(
-                    f"{self.path} claims a header of {length} bytes (at most {MAX_HEADER}): no safetensors file"
-                )
+                raise UserError(f"{self.path} claims a header of {length} bytes (at most {MAX_HEADER}): no safetensors file")
             if 8 + length > self.size:
-                raise UserError(
-                    f"{self.path} is truncated: {self.size} bytes, its header alone needs {8 + length}; {again}"
-                )
+                raise UserError(f"{self.path} is truncated: {self.size} bytes, its header alone needs {8 + length}; {again}")
             raw = f.read(length)
         return parse_header(raw, os.fspath(self.path))
 
     def _check_size(self) -> None:
         expected = self._data_start + self.header.data_size
         if self.size < expected:
-            raise UserError(
-                f"{self.path} is truncated: {self.size} bytes, its header promises {expected}; download it again"
-            )
+            raise UserError(f"{self.path} is truncated: {self.size} bytes, its header promises {expected}; download it again")
         if self.size > expected:
-            raise UserError(
-                f"{self.path} has {self.size} bytes, but its header accounts for {expected}; download it again"
-            )
+            raise UserError(f"{self.path} has {self.size} bytes, but its header accounts for {expected}; download it again")
 
     def read(self, name: str, index: Index = ()) -> np.ndarray:
         """The tensor, or `tensor[index]` for slices of step 1: a view of the mapped file; remote, an array."""
@@ -211,9 +195,7 @@ class SafetensorsFile:
             f.seek(self._data_start + start)
             data = f.read(stop - start)
         if len(data) != stop - start:
-            raise UserError(
-                f"{self.path} ended while it was read: {len(data)} bytes instead of {stop - start}; try again"
-            )
+            raise UserError(f"{self.path} ended while it was read: {len(data)} bytes instead of {stop - start}; try again")
         return np.frombuffer(data, np.uint8)
 
 
@@ -228,9 +210,7 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
-def make_header(
-    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
-) -> bytes:
+def make_header(tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> bytes:
     """The header of a file that holds `tensors` (dtype, shape) in this order; padded with spaces to 8 bytes."""
     entries: dict[str, Any] = {METADATA: dict(metadata)} if metadata else {}
     position = 0

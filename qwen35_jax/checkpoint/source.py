@@ -92,9 +92,7 @@ class HuggingFaceSource:
                     if lost
                     else f"holds {some(extra)} that {INDEX} does not list there"
                 )
-                raise UserError(
-                    f"{self.directory / shard} {text}; the files are of different versions: download them again"
-                )
+                raise UserError(f"{self.directory / shard} {text}; the files are of different versions: download them again")
             located |= dict.fromkeys(have, shard)
         return located
 
@@ -120,9 +118,7 @@ def _shards_of_index(index: Any, path: epath.Path) -> dict[str, list[str]]:
         shards.setdefault(shard, []).append(tensor)
     missing = [name for name in shards if not (path / name).exists()]
     if missing:
-        raise UserError(
-            f"{path} lacks the {'shard' if len(missing) == 1 else 'shards'} {some(missing)}; download it again"
-        )
+        raise UserError(f"{path} lacks the {'shard' if len(missing) == 1 else 'shards'} {some(missing)}; download it again")
     return shards
 
 
@@ -130,9 +126,7 @@ def text_files(path: epath.Path) -> list[epath.Path]:
     """The files to copy along: everything that is text and no weights, no index of them and no record of ours."""
     skipped = (INDEX, RECORD, "commit_success.txt")  # the last is Orbax's
     kept = [p for p in path.iterdir() if p.name.endswith(TEXT_SUFFIXES) or p.name in TEXT_NAMES]
-    return sorted(
-        (p for p in kept if p.name not in skipped and not p.name.startswith(".") and p.is_file()), key=os.fspath
-    )
+    return sorted((p for p in kept if p.name not in skipped and not p.name.startswith(".") and p.is_file()), key=os.fspath)
 
 
 def read_text(path: epath.Path) -> str:

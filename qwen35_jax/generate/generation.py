@@ -1,4 +1,4 @@
-"""A batch of prompts through the compiled steps: prefill in buckets, decode on the device, tokens handed to the caller as they come."""
+"""A batch of prompts through the compiled steps: prefill in buckets, decode on the device, tokens handed over as they come."""
 
 from __future__ import annotations
 

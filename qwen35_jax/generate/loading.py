@@ -33,8 +33,8 @@ def load(
     """Loads a model onto a mesh.
 
     Args:
-        path_or_id_or_preset: a directory (Hugging Face or converted; local or gs://), a Hugging Face id such as `Qwen/Qwen3.5-4B`,
-            or a preset's name. `tiny` is the packaged model; every other preset means random weights of that shape.
+        path_or_id_or_preset: a directory (Hugging Face or converted; local or gs://), a hub id such as `Qwen/Qwen3.5-4B`, or a
+            preset's name. `tiny` is the packaged model; every other preset means random weights of that shape.
         mesh: DATAxMODEL or REPLICAxDATAxMODEL.
         dtype: of weights and activations, bfloat16 or float32.
         revision: of a Hugging Face id.

@@ -15,7 +15,7 @@ import numpy as np
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import Sharding
 
-# Rows with 0 < top_k <= CANDIDATES, and greedy ones, are decided among this many best tokens; others look at the whole vocabulary.
+# Greedy rows and those with 0 < top_k <= CANDIDATES choose among this many best tokens; others look at the whole vocabulary.
 CANDIDATES = 64
 IN_PROMPT, GENERATED = 1, 2
 

@@ -112,7 +112,7 @@ def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int
 
 
 def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
-    """(params, session, controls, alive [S]) -> (session, tokens [S]): the first token of each row from its prompt's last state."""
+    """(params, session, controls, alive [S]) -> (session, tokens [S]): each row's first token, from its prompt's last state."""
     session = abstract_session(model, slots, capacity, stacked=stacked)
     controls = abstract_controls(model, slots)
 

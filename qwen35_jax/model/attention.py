@@ -31,6 +31,7 @@ class GatedAttention(nnx.Module):
         self.k_norm = declare(config, "H", (h,), "zeros")
         self.out = declare(config, "N H D", (n, h, d), fp8=True)
         self.eps, self.sharding, self.forms = config.rms_norm_eps, sharding, forms
+
     @jax.named_scope("gated_attention")
     def __call__(self, x: jax.Array, inputs: Inputs, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] -> ([B, T, D], the unit's cache with the new keys and values)."""

@@ -153,7 +153,8 @@ class Model:
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters of text, vision, mtp and their total; `active`: text parameters that one token uses (embedding and head included)."""
+    """Parameters of text, vision, mtp and their total; `active`: text parameters that one token uses, embedding and head
+    included."""
     mesh = jax.sharding.AbstractMesh((1, 1, 1), ("replica", "data", "model"))
     tree = Model(config, Sharding(mesh)).declarations()
     parts = {name: P.count(node) for name, node in tree.items()}

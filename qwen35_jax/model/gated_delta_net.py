@@ -55,9 +55,7 @@ class GatedDeltaNet(nnx.Module):
         axes = {"q": "B T K H", "k": "B T K H", "v": "B T N H", "a": "B T N", "b": "B T N"}
         slots = None if inputs.slots is None else "B"
         state_axes = None if state is None else STATE_AXES
-        mapped = self.sharding.shard_map(
-            self._mix, (axes, WEIGHT_AXES, "B T", slots, state_axes), ("B T N H", state_axes)
-        )
+        mapped = self.sharding.shard_map(self._mix, (axes, WEIGHT_AXES, "B T", slots, state_axes), ("B T N H", state_axes))
         o, state = mapped(project, weights, inputs.segment_ids, inputs.slots, state)
         y = gated_rms_norm(o, self._project(x, self.z, "D N H"), self.norm.get_value(), self.eps)
         out = self.sharding.repeat_heads(self.out.get_value(), "N H D", "N", once=True)
@@ -102,9 +100,7 @@ class GatedDeltaNet(nnx.Module):
         state = None
         if rows is not None:
             state = jnp.concatenate([rows[n].reshape(*rows[n].shape[:2], -1) for n in names], axis=-1)
-        y, window = causal_conv1d(
-            flat, weight, state=state, segment_ids=segment_ids, implementation=self.forms.causal_conv1d
-        )
+        y, window = causal_conv1d(flat, weight, state=state, segment_ids=segment_ids, implementation=self.forms.causal_conv1d)
 
         def split(a):
             ends = [sum(sizes[: i + 1]) for i in range(2)]

@@ -27,7 +27,7 @@ FP8_BLOCK = 128
 
 
 def declare(config: ModelConfig, axes: str, shape: tuple[int, ...], init: str = "normal", *, dtype=None, fp8=False) -> nnx.Param:
-    """One parameter: `axes` names its dimensions, `init` is normal | zeros | ones | a_log, `fp8` that FP8 checkpoints quantise it."""
+    """One parameter: `axes` names its dimensions, `init` is normal | zeros | ones | a_log; `fp8`: FP8 checkpoints quantise it."""
     value: Any = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype or config.dtype))
     if fp8 and config.fp8_weights:
         letters = axes.split()

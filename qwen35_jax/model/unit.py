@@ -19,7 +19,6 @@ from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.norm import rms_norm
 from qwen35_jax.sharding import Sharding
 
-
 LINEAR_STATE = ("conv_q", "conv_k", "conv_v", "recurrent")
 ATTENTION_STATE = ("k", "v")
 

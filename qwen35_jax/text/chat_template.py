@@ -16,9 +16,7 @@ from qwen35_jax.text.tokenizer import special_token_names
 class ChatTemplate:
     """A compiled chat template. Make one with `from_directory` or `built_in`."""
 
-    def __init__(
-        self, default: str, tool_use: str | None = None, *, source: str, variables: Mapping[str, Any] | None = None
-    ):
+    def __init__(self, default: str, tool_use: str | None = None, *, source: str, variables: Mapping[str, Any] | None = None):
         """Compile the template texts; `source` names them in errors, `variables` are visible to every rendering.
 
         `tool_use`, if given, takes the place of `default` where tools are passed. Raises UserError for bad syntax.
@@ -85,9 +83,7 @@ class ChatTemplate:
         try:
             return template.render(variables)
         except jinja2.exceptions.SecurityError as error:
-            raise UserError(
-                f"chat template {self.source} tries to leave its sandbox: {files.one_line(error)}"
-            ) from error
+            raise UserError(f"chat template {self.source} tries to leave its sandbox: {files.one_line(error)}") from error
         except jinja2.exceptions.TemplateError as error:
             raise UserError(f"chat template {self.source}: {files.one_line(error)}") from error
         except Exception as error:  # a template is a program of somebody else: it can raise anything
@@ -118,13 +114,9 @@ def _named_templates(value: Any, source: str) -> tuple[str, str | None]:
     if isinstance(value, str):
         return value, None
     entries = value if isinstance(value, list) else [value]
-    if not all(
-        isinstance(e, dict) and isinstance(e.get("name"), str) and isinstance(e.get("template"), str) for e in entries
-    ):
+    if not all(isinstance(e, dict) and isinstance(e.get("name"), str) and isinstance(e.get("template"), str) for e in entries):
         raise UserError(f"{source}: chat_template must be a text or a list of objects with a name and a template")
     named = {entry["name"]: entry["template"] for entry in entries}
     if "default" not in named:
-        raise UserError(
-            f"{source}: none of the chat templates is named 'default' (there are: {', '.join(named) or 'none'})"
-        )
+        raise UserError(f"{source}: none of the chat templates is named 'default' (there are: {', '.join(named) or 'none'})")
     return named["default"], named.get("tool_use")

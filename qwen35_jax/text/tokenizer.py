@@ -18,14 +18,10 @@ QWEN_PAD = "<|endoftext|>"
 class Tokenizer:
     """Text to ids and back. Make one with `Tokenizer.from_directory`."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, eos_token: str | None = QWEN_EOS, pad_token: str | None = QWEN_PAD
-    ):
+    def __init__(self, backend: tokenizers.Tokenizer, eos_token: str | None = QWEN_EOS, pad_token: str | None = QWEN_PAD):
         """`backend` must decode byte-level tokens; `eos_token` and `pad_token` are names in its vocabulary or None."""
         if not isinstance(backend.decoder, ByteLevel):
-            raise UserError(
-                f"the tokenizer's decoder is {backend.decoder!r}, but only ByteLevel (as in Qwen3.5) is known"
-            )
+            raise UserError(f"the tokenizer's decoder is {backend.decoder!r}, but only ByteLevel (as in Qwen3.5) is known")
         # A file may carry the padding and truncation of whoever saved it; neither belongs to the vocabulary.
         backend.no_padding()
         backend.no_truncation()

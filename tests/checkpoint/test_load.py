@@ -179,9 +179,7 @@ def _broken(tensors: dict, config: dict):
     tensors["model.visual.surplus"] = np.zeros(3, BF16)
     tensors[layer + "linear_attn.A_log"] = np.zeros(5, np.float32)
     tensors[layer + "linear_attn.dt_bias"] = np.zeros(4, np.int32)
-    tensors["model.language_model.norm.weight"] = tensors["model.language_model.norm.weight"].astype(
-        ml_dtypes.float8_e4m3fn
-    )
+    tensors["model.language_model.norm.weight"] = tensors["model.language_model.norm.weight"].astype(ml_dtypes.float8_e4m3fn)
     tensors[layer + "mlp.gate.weight_scale_inv"] = np.zeros((1, 1), BF16)
 
 

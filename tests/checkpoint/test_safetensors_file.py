@@ -157,9 +157,7 @@ def test_any_header_is_read_or_refused(value):
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    st.dictionaries(st.text(max_size=6), st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5))))
-)
+@given(st.dictionaries(st.text(max_size=6), st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5)))))
 def test_own_headers_are_accepted(tensors):
     tensors = {name: (dtype, tuple(shape[:4])) for name, (dtype, shape) in tensors.items() if name != "__metadata__"}
     header = parse_header(make_header(tensors), "file")

@@ -27,9 +27,7 @@ def adversarial(shape, seed=0):
     x = rng.standard_normal(shape).astype(np.float32)
     for axis, size in enumerate(shape):
         scale = 10.0 ** rng.integers(-6, 5, -(-size // 128))
-        x *= (
-            np.repeat(scale, 128)[:size].reshape([-1 if a == axis else 1 for a in range(len(shape))]).astype(np.float32)
-        )
+        x *= np.repeat(scale, 128)[:size].reshape([-1 if a == axis else 1 for a in range(len(shape))]).astype(np.float32)
     x[tuple(slice(0, 128) for _ in shape)] = 0
     return x
 

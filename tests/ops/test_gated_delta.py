@@ -26,11 +26,7 @@ def make(time=150, batch=2, keys=2, heads=4, width=16, gate=None, repeated=None,
     shape = (batch, time, keys, width)
     q, k = rng.normal(size=shape), rng.normal(size=shape)
     v, beta = rng.normal(size=(batch, time, heads, width // 2)), rng.uniform(size=(batch, time, heads))
-    g = (
-        -np.exp(2 * rng.normal(size=beta.shape) - 2)
-        if gate is None
-        else rng.choice(np.atleast_1d(gate), size=beta.shape)
-    )
+    g = -np.exp(2 * rng.normal(size=beta.shape) - 2) if gate is None else rng.choice(np.atleast_1d(gate), size=beta.shape)
     if repeated is not None:
         k = rng.normal(size=(batch, 1, keys, width)) + repeated * k
         beta = np.full_like(beta, 0.9999 if repeated else 0.835)

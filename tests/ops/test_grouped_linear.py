@@ -110,11 +110,7 @@ def test_shard_map_over_groups():
     sizes = np.asarray([3, 0, 50, 17, 1, 20, 4, 9], np.int32)
 
     def local(x, w, sizes):  # each device: its two groups' rows, moved to the front
-        first = (
-            sizes.sum() * 0
-            + jnp.cumsum(sizes)[2 * jax.lax.axis_index("model")]
-            - sizes[2 * jax.lax.axis_index("model")]
-        )
+        first = sizes.sum() * 0 + jnp.cumsum(sizes)[2 * jax.lax.axis_index("model")] - sizes[2 * jax.lax.axis_index("model")]
         own = jax.lax.dynamic_slice_in_dim(sizes, 2 * jax.lax.axis_index("model"), 2)
         y = grouped_linear(jnp.roll(x, -first, 0), w, own)
         return jax.lax.psum(jnp.roll(y.astype(jnp.float32), first, 0), "model")
@@ -162,9 +158,7 @@ def test_time_does_not_grow_with_the_groups():
         w = jnp.ones((groups, width, width))
         sizes = jnp.zeros(groups, jnp.int32).at[jnp.arange(4) * (groups // 4)].set(rows // 4)
         times[groups] = seconds(jax.jit(grouped_linear), x, w, sizes)
-    assert times[64] < 3 * times[4] + 1e-3, (
-        times
-    )  # the same rows in the same blocks; a dense form takes 16 times as long
+    assert times[64] < 3 * times[4] + 1e-3, times  # the same rows in the same blocks; a dense form takes 16 times as long
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])

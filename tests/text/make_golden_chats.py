@@ -14,9 +14,7 @@ GOLDEN = Path(__file__).with_name("golden_chats.json")
 
 
 def main(directory: Path) -> None:
-    official = {
-        flavour: ChatTemplate((directory / name).read_text("utf-8"), source=name) for flavour, name in FLAVOURS.items()
-    }
+    official = {flavour: ChatTemplate((directory / name).read_text("utf-8"), source=name) for flavour, name in FLAVOURS.items()}
     golden = {
         name: {str(flavour): template.render(messages, **kwargs) for flavour, template in official.items()}
         for name, (messages, kwargs) in CHATS.items()

@@ -20,9 +20,7 @@ def decoded(ids, skip=True, tokenizer=TINY):
     return [stream.push(i) for i in ids], stream.finish()
 
 
-@given(
-    st.lists(st.one_of(st.integers(0, 4099), st.integers(0, 255), st.integers(4063, 4095)), max_size=40), st.booleans()
-)
+@given(st.lists(st.one_of(st.integers(0, 4099), st.integers(0, 255), st.integers(4063, 4095)), max_size=40), st.booleans())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @example([0xE2, 4065, 0x80], True)
 def test_pieces_make_up_the_whole(ids, skip):

@@ -91,9 +91,7 @@ def cached_attention(
     if time > expected[2]:
         raise UserError(f"cached_attention: {time} new tokens do not fit a cache of {expected[2]}")
     if (slots is None and expected[0] != batch) or (slots is not None and slots.shape != (batch,)):
-        raise UserError(
-            f"cached_attention: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row"
-        )
+        raise UserError(f"cached_attention: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row")
     for name, x in (("start", start), ("count", count)):
         if x.shape != (batch,):
             raise UserError(f"cached_attention: {name} has shape {x.shape}; pass one number per row, {(batch,)}")

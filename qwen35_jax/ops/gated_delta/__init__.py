@@ -87,9 +87,7 @@ def gated_delta_step(
     if state.shape != expected:
         raise UserError(f"gated_delta_step: state has shape {state.shape}; pass [S, N, Hk, Hv] = {expected}")
     if (slots is None and state.shape[0] != batch) or (slots is not None and slots.shape != (batch,)):
-        raise UserError(
-            f"gated_delta_step: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row"
-        )
+        raise UserError(f"gated_delta_step: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row")
     if active is not None and active.shape != (batch, time):
         raise UserError(f"gated_delta_step: active has shape {active.shape}; pass one bool per token, {(batch, time)}")
     rows = state if slots is None else state[slots]

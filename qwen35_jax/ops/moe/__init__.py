@@ -27,9 +27,7 @@ def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str 
         raise UserError(f"moe form {form!r} does not exist; choose gather")
     shapes = {name: [a.shape for a in jax.tree.leaves(w)] for name, w in experts.items()}
     specs = {name: sharding.parameter_spec(axes, *shapes[name]) for name, axes in EXPERT_AXES.items()}
-    expert_axes, f_axes = sharding.expert_axes(
-        *(dict(zip(EXPERT_AXES["gate"].split(), s, strict=True)) for s in shapes["gate"])
-    )
+    expert_axes, f_axes = sharding.expert_axes(*(dict(zip(EXPERT_AXES["gate"].split(), s, strict=True)) for s in shapes["gate"]))
     tokens = sharding.spec("B T D")
     local = functools.partial(
         gather_experts,
@@ -38,7 +36,5 @@ def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str 
         partial_axes=("model",) if "model" in expert_axes or f_axes else (),
         implementation=implementation,
     )
-    mapped = jax.shard_map(
-        local, mesh=sharding.mesh, in_specs=(tokens, tokens, specs), out_specs=tokens, check_vma=False
-    )
+    mapped = jax.shard_map(local, mesh=sharding.mesh, in_specs=(tokens, tokens, specs), out_specs=tokens, check_vma=False)
     return mapped(x, routing, experts)
