@@ -137,7 +137,8 @@ def test_stacked_units(references, models, name):
 def _through_state(model, params: dict, ids: np.ndarray, pieces: list[int]) -> np.ndarray:
     """Logits [B, T, V] of ids [B, T] read piece by piece through the decoding state."""
     rows = ids.shape[0]
-    shapes = abstract_state(model.config, model.sharding, rows, ids.shape[1])
+    stacked = not isinstance(params["units"], tuple)
+    shapes = abstract_state(model.config, model.sharding, rows, ids.shape[1], stacked=stacked)
     state = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype, device=x.sharding), shapes)
 
     @jax.jit
