@@ -1,0 +1,44 @@
+"""FP8 checkpoints end to end: weights kept in FP8 compute what their dequantised numbers compute."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+import qwen35_jax
+from qwen35_jax import UserError
+from qwen35_jax.ops.fp8 import Fp8Weight
+from tests.checkpoint import synthetic
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+def directory(request, tmp_path_factory):
+    config = synthetic.hf_config(moe=request.param, hidden=128, head_dim=128, linear_head_dim=128, ffn=256, vision=False)
+    config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    tensors = synthetic.canonical_tensors(config, fp8=True, vision=False)
+    tensors = synthetic.per_expert(tensors) if request.param else tensors
+    return str(synthetic.write(tmp_path_factory.mktemp("fp8") / "hf", config, tensors))
+
+
+def test_kept_weights_equal_dequantised_ones(directory):
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
+    plain = qwen35_jax.load(directory, dtype="float32")
+    expected = np.asarray(plain.logits(tokens))
+    assert np.isfinite(expected).all() and expected.std() > 0
+    for mesh in ("1x1", "2x2"):
+        kept = qwen35_jax.load(directory, mesh=mesh, dtype="float32", keep_fp8=True)
+        leaves = jax.tree.leaves(kept.params, is_leaf=lambda x: isinstance(x, Fp8Weight))
+        assert sum(isinstance(x, Fp8Weight) for x in leaves) > 10
+        # The same numbers in the same products; only the order of additions may differ.
+        np.testing.assert_allclose(np.asarray(kept.logits(tokens)), expected, atol=1e-4 * np.abs(expected).max())
+    (answer,) = kept.generate(tokens[:1].tolist(), max_new_tokens=4, temperature=0.0, ignore_eos=True)
+    assert answer.token_ids[0] == expected[0, -1].argmax()
+    assert kept.stats()["weight_bytes_per_device"] < plain.stats()["weight_bytes_per_device"] / 3
+
+
+def test_keeping_fp8_needs_an_fp8_checkpoint(tmp_path):
+    config = synthetic.hf_config()
+    path = synthetic.write(tmp_path / "hf", config, synthetic.canonical_tensors(config))
+    with pytest.raises(UserError, match="no FP8 weights"):
+        qwen35_jax.load(str(path), keep_fp8=True)
