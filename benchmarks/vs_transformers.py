@@ -98,10 +98,14 @@ def commit() -> str:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: options start with --")
-    table, versions = [], ""
-    for dtype in _DTYPE.value:
+    for i, dtype in enumerate(_DTYPE.value):
         rounds, versions = measure(dtype)
-        table += rows(dtype, rounds)
+        if i == 0:
+            print_head(versions)
+        print("\n".join(rows(dtype, rounds)), flush=True)
+
+
+def print_head(versions: str) -> None:
     print(
         f"{_MODEL.value} shape, random weights, batch 1, prompt of {_PROMPT_TOKENS.value} tokens, {_NEW_TOKENS.value} "
         f"decoded, medians of {_ROUNDS.value} rounds\n{cpu_model()}, {CORES} cores; {versions}; "
@@ -109,7 +113,6 @@ def main(argv: list[str]) -> None:
     )
     print("| dtype | stage | transformers, tokens/s | qwen35_jax, tokens/s | ratio |")
     print("|---|---|---|---|---|")
-    print("\n".join(table))
 
 
 def run(argv: list[str]) -> None:
