@@ -74,9 +74,7 @@ def train() -> Tokenizer:
 
 def tokenizer_config(tokenizer: Tokenizer) -> dict:
     flags = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    decoder = {
-        str(i): {f: getattr(t, f) for f in flags} for i, t in sorted(tokenizer.get_added_tokens_decoder().items())
-    }
+    decoder = {str(i): {f: getattr(t, f) for f in flags} for i, t in sorted(tokenizer.get_added_tokens_decoder().items())}
     return {
         "add_bos_token": False,
         "add_prefix_space": False,

@@ -190,9 +190,7 @@ def json_text(rng: random.Random) -> str:
     parameters = {"type": "object", "properties": properties, "required": list(properties)}
     tool = {"name": rng.choice(TOOLS), "description": sentence(rng), "parameters": parameters}
     value = {rng.choice(JSON_KEYS): rng.choice((True, False, None, rng.randrange(100), [1, 2])) for _ in range(3)}
-    return rng.choice(
-        (json.dumps({"type": "function", "function": tool}), json.dumps(value, indent=2), json.dumps(value))
-    )
+    return rng.choice((json.dumps({"type": "function", "function": tool}), json.dumps(value, indent=2), json.dumps(value)))
 
 
 def tool_call(rng: random.Random) -> str:

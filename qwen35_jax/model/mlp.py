@@ -11,7 +11,7 @@ from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
-from qwen35_jax.ops.moe import EXPERT_AXES, moe_apply, route
+from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply, route
 from qwen35_jax.sharding import Sharding
 
 
@@ -60,12 +60,16 @@ class MoeMlp(nnx.Module):
     def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
         """x [B, T, D] -> [B, T, D]; padding is routed nowhere."""
         logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32, implementation=self.forms.linear)
-        routing = route(logits, self.top_k, inputs.segment_ids > 0)
+        # Left to the partitioner, the top k of some backends gathers the logits of all tokens first.
+        routing = self.sharding.shard_map(self._route, ("B T X", "B T"), "B T X")(logits, inputs.segment_ids > 0)
         experts = {name: getattr(self.experts, name).get_value() for name in EXPERT_AXES}
         routed = moe_apply(x, routing, experts, self.sharding, self.forms.moe, implementation=self.forms.grouped_linear)
         gate = linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32, implementation=self.forms.linear)
         shared = self.shared(x, inputs)
         return self.sharding.constrain(routed + (jax.nn.sigmoid(gate)[..., None] * shared).astype(x.dtype), "B T D")
+
+    def _route(self, logits: jax.Array, alive: jax.Array) -> Routing:
+        return route(logits, self.top_k, alive)
 
 
 def make_mlp(config: ModelConfig, sharding: Sharding, forms: Forms) -> nnx.Module:
