@@ -5,6 +5,7 @@
 Each library has its own process with the same shape (random weights), cores and prompt length, batch 1, greedy. After a
 warm-up they take turns: a round is the prompt and then the new tokens, one library after the other; speeds are medians
 of the rounds. transformers runs as fast as it does here without extra packages: sdpa attention, inference mode, cache.
+Its threads suffer most from other processes, whose share of the CPU is therefore part of the table: it should be near 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from absl import app, flags
@@ -51,13 +53,28 @@ class Library:
         raise UserError(f"the process of {self.name} ended with status {self.process.wait()}; its messages are above")
 
     def round(self) -> dict[str, float]:
-        """Seconds of `prefill` and `decode`."""
+        """Seconds of `prefill` and `decode`, and `others`, the share of the CPU that other processes took meanwhile."""
+        begin, all_before, own_before = time.perf_counter(), _machine_seconds(), self._seconds()
         print("round", file=self.process.stdin, flush=True)
-        return self._read()
+        result = self._read()
+        others = (_machine_seconds() - all_before) - (self._seconds() - own_before)
+        return result | {"others": max(0.0, others) / (time.perf_counter() - begin) / CORES}
+
+    def _seconds(self) -> float:
+        """CPU time of the process so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
 
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def _machine_seconds() -> float:
+    """CPU time of everything on this machine so far."""
+    fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8]]
+    idle = fields[3] + fields[4]
+    return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(dtype: str) -> tuple[dict[str, list[dict[str, float]]], str]:
@@ -75,13 +92,13 @@ def measure(dtype: str) -> tuple[dict[str, list[dict[str, float]]], str]:
 
 
 def rows(dtype: str, rounds: dict[str, list[dict[str, float]]]) -> list[str]:
-    """Table rows: median speeds (lowest to highest), and the ratio of the medians."""
-    result = []
+    """Table rows: median speeds (lowest to highest), the ratio of the medians, the largest share of other processes."""
+    result, others = [], max(r["others"] for name in LIBRARIES for r in rounds[name])
     for stage, tokens in (("prefill", _PROMPT_TOKENS.value), ("decode", _NEW_TOKENS.value)):
         speeds = {name: [tokens / r[stage] for r in rounds[name]] for name in LIBRARIES}
         theirs, ours = (statistics.median(speeds[name]) for name in LIBRARIES)
         cells = [f"{statistics.median(s):.2f} ({min(s):.2f} to {max(s):.2f})" for s in (speeds[n] for n in LIBRARIES)]
-        result.append(f"| {dtype} | {stage} | {cells[0]} | {cells[1]} | {ours / theirs:.2f} |")
+        result.append(f"| {dtype} | {stage} | {cells[0]} | {cells[1]} | {ours / theirs:.2f} | {others:.0%} |")
     return result
 
 
@@ -111,8 +128,8 @@ def print_head(versions: str) -> None:
         f"decoded, medians of {_ROUNDS.value} rounds\n{cpu_model()}, {CORES} cores; {versions}; "
         f"{datetime.date.today()}; commit {commit()}\n"
     )
-    print("| dtype | stage | transformers, tokens/s | qwen35_jax, tokens/s | ratio |")
-    print("|---|---|---|---|---|")
+    print("| dtype | stage | transformers, tokens/s | qwen35_jax, tokens/s | ratio | other processes |")
+    print("|---|---|---|---|---|---|")
 
 
 def run(argv: list[str]) -> None:

@@ -12,9 +12,7 @@ from qwen35_jax.ops.linear.xla import linear_xla
 __all__ = ["linear", "linear_reference"]
 
 
-def linear(
-    x: jax.Array, w: jax.Array | Fp8Weight, spec: str, *, out_dtype=None, implementation: str | None = None
-) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Fp8Weight, spec: str, *, out_dtype=None, implementation: str | None = None) -> jax.Array:
     """einsum(spec, x, w) with float32 accumulation and one cast, to `out_dtype` (default: x's dtype).
 
     `spec` names every axis with a letter, such as "BTD,DNH->BTNH" or "BTD,VD->BTV": letters of x that w has are summed,
