@@ -1,6 +1,6 @@
 """Seconds to lower and compile the decode step of a model, whole and cut to fewer layers, on abstract parameters.
 
-    python benchmarks/compile_depth.py --model 397b-a17b --layers 8
+    python -m benchmarks.compile_depth --model 397b-a17b --layers 8
 
 Stacked units go through `lax.scan`, so depth should cost nothing. Prints one table with the ratio.
 """
