@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 
@@ -45,3 +46,18 @@ def pytest_make_collect_report(collector):
     report = yield
     _refuse_skip(collector.config, report)
     return report
+
+
+def many_mappings() -> bool:
+    """Whether this process nears the limit of memory mappings (65,530 on Linux)."""
+    maps = Path("/proc/self/maps")
+    return maps.exists() and maps.read_bytes().count(b"\n") > 25_000
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_functions():
+    """XLA:CPU takes several memory mappings for every kernel and crashes when there are no more."""
+    yield
+    if many_mappings():
+        jax.clear_caches()
+        gc.collect()

@@ -6,6 +6,7 @@ The numbers of the oracle are computed once a session. `pytest tests/oracle -s` 
 from __future__ import annotations
 
 import functools
+import gc
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ import jax.numpy as jnp  # noqa: E402
 import qwen35_jax  # noqa: E402
 from qwen35_jax.generate.steps import segment_positions  # noqa: E402
 from qwen35_jax.model import abstract_state  # noqa: E402
+from tests.conftest import many_mappings  # noqa: E402
 from tests.oracle import compare, hf_models  # noqa: E402
 
 TOKENS, NEW_TOKENS = 600, 48
@@ -92,6 +94,17 @@ def models(references):
         return qwen35_jax.load(references(name).directory, mesh=mesh, dtype=dtype)
 
     return load
+
+
+@pytest.fixture(autouse=True)
+def forget_programs(models):
+    """Lets go of the models when the process has many memory mappings: Linux allows 65,530, XLA:CPU takes several a kernel,
+    and what asks for one more crashes."""
+    yield
+    if many_mappings():
+        models.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.mark.parametrize("name", MODELS)
