@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import qwen35_jax
-from qwen35_jax.generate.steps import segment_positions
+from qwen35_jax.ops.segments import segment_positions
 from tests.oracle import compare
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pathlib
 import time
 
-import jax
-
 from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
+from qwen35_jax.compilation import use_compilation_cache
 from qwen35_jax.config import ASSETS, PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate.language_model import LanguageModel
@@ -87,10 +85,3 @@ def _parameters(config: ModelConfig, sharding: Sharding, kernels: str, source: T
         config = config.replace(mtp_num_hidden_layers=0)
     abstract = Model(config, sharding).abstract_params(stacked)
     return config, load_params(source, config, abstract)
-
-
-def use_compilation_cache() -> None:
-    """Turns JAX's persistent compilation cache on, in the user's cache folder, unless JAX has been told where it is."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "qwen35_jax" / "jax"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

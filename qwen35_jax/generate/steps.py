@@ -12,39 +12,23 @@ The session of a batch, a pytree that every step takes and (donated) returns:
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from qwen35_jax.generate.sampling import CONTROL_DTYPES, GENERATED, mark_prompt, mark_seen, sample
 from qwen35_jax.model import Model, abstract_state, put_slots, take_slots
+from qwen35_jax.ops.segments import segment_positions
+from qwen35_jax.program import Program, abstract_array, make_program
 
 # The most tokens that one call of decode produces, and end tokens that a row can have.
 MAX_STEPS = 64
 MAX_END_TOKENS = 8
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function and the abstract arguments (shapes, dtypes, shardings) it is compiled for."""
-
-    function: Callable
-    arguments: tuple[Any, ...]
-
-    def lower(self):
-        return self.function.lower(*self.arguments)
-
-    def compile(self):
-        return self.lower().compile()
-
-
 def _array(model: Model, axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    place = NamedSharding(model.sharding.mesh, model.sharding.spec(axes))
-    return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype), sharding=place)
+    return abstract_array(model.sharding, axes, shape, dtype)
 
 
 def abstract_session(model: Model, slots: int, capacity: int, *, stacked: bool = True) -> dict:
@@ -69,16 +53,10 @@ def abstract_controls(model: Model, slots: int) -> dict:
     return controls
 
 
-def _jit(function: Callable, arguments: tuple, results: Any, donated: int | None) -> Program:
-    shardings = jax.tree.map(lambda x: x.sharding, results)
-    donate = () if donated is None else (donated,)
-    return Program(jax.jit(function, out_shardings=shardings, donate_argnums=donate), arguments)
-
-
 def make_empty(model: Model, slots: int, capacity: int, *, stacked: bool = True) -> Program:
     """() -> a session whose slots are all free."""
     session = abstract_session(model, slots, capacity, stacked=stacked)
-    return _jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), session), (), session, None)
+    return make_program(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), session), (), session, None)
 
 
 def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int, *, stacked: bool = True) -> Program:
@@ -108,7 +86,7 @@ def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int
 
     tokens = _array(model, "B T", (rows, length), jnp.int32)
     row = _array(model, "B", (rows,), jnp.int32)
-    return _jit(prefill, (model.abstract_params(stacked), session, tokens, row, row), session, 1)
+    return make_program(prefill, (model.abstract_params(stacked), session, tokens, row, row), session, 1)
 
 
 def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
@@ -123,7 +101,7 @@ def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stac
 
     alive = _array(model, "S", (slots,), jnp.bool_)
     results = (session, _array(model, "S", (slots,), jnp.int32))
-    return _jit(first, (model.abstract_params(stacked), session, controls, alive), results, 1)
+    return make_program(first, (model.abstract_params(stacked), session, controls, alive), results, 1)
 
 
 def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
@@ -152,7 +130,7 @@ def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, sta
 
     steps = _array(model, "", (), jnp.int32)
     results = (session, _array(model, "S X", (slots, MAX_STEPS), jnp.int32))
-    return _jit(decode, (model.abstract_params(stacked), session, controls, steps), results, 1)
+    return make_program(decode, (model.abstract_params(stacked), session, controls, steps), results, 1)
 
 
 def decode_one(model: Model, params: dict, session: dict, controls: dict, vocabulary: int) -> tuple[dict, jax.Array]:
@@ -199,11 +177,4 @@ def make_logits(model: Model, batch: int, length: int, *, stacked: bool = True, 
     if layers:
         shape = (config.num_hidden_layers + 1, batch, length, config.hidden_size)
         results = results, _array(model, "U B T D", shape, config.dtype)
-    return _jit(logits, (model.abstract_params(stacked), ids, ids), results, None)
-
-
-def segment_positions(segment_ids: jax.Array) -> jax.Array:
-    """Positions [B, T] that start again from 0 wherever segment_ids [B, T] change."""
-    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    fresh = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
-    return index - jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
+    return make_program(logits, (model.abstract_params(stacked), ids, ids), results, None)

@@ -20,6 +20,13 @@ def segment_index(segment_ids: jax.Array) -> jax.Array:
     return jnp.cumsum(starts, axis=1, dtype=jnp.int32)
 
 
+def segment_positions(segment_ids: jax.Array) -> jax.Array:
+    """Positions [B, T] that start again from 0 wherever segment_ids [B, T] change."""
+    index = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    fresh = jnp.concatenate([jnp.ones_like(segment_ids[:, :1], bool), segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
+
+
 def check_segment_ids(op: str, segment_ids: jax.Array | None, batch: int, time: int) -> None:
     """Raise UserError unless segment_ids is None or an integer array [batch, time]."""
     if segment_ids is None:

@@ -17,9 +17,10 @@ import time
 from pathlib import Path
 
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.generate.steps import Program, make_decode, make_prefill
+from qwen35_jax.generate.steps import make_decode, make_prefill
 from qwen35_jax.model import Model
 from qwen35_jax.ops.forms import resolve_forms
+from qwen35_jax.program import Program
 from qwen35_jax.sharding import Sharding, make_mesh
 from tests import hlo
 from tests.aot.devices import target_devices

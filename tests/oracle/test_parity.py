@@ -18,8 +18,8 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import qwen35_jax  # noqa: E402
-from qwen35_jax.generate.steps import segment_positions  # noqa: E402
 from qwen35_jax.model import abstract_state  # noqa: E402
+from qwen35_jax.ops.segments import segment_positions  # noqa: E402
 from tests.conftest import many_mappings  # noqa: E402
 from tests.oracle import compare, hf_models  # noqa: E402
 
