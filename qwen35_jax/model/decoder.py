@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from qwen35_jax.model.unit import RMSNorm, Unit, apply_units
 from qwen35_jax.model.vision import VisionTower
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
+from qwen35_jax.ops.moe import RouterLoad
 from qwen35_jax.ops.rotary import rotary_angles
 from qwen35_jax.sharding import Sharding
 
@@ -120,11 +122,34 @@ class Model:
 
         def unit(unit_params, u, carry):
             x, state = carry
-            x, state, _ = self._merge("units", unit_params)(x, inputs, state, u)
+            x, state, _, _ = self._merge("units", unit_params)(x, inputs, state, u)
             return x, state
 
         x, state = apply_units(unit, params["units"], (self.embed(params, tokens), state))
         return self._merge("final_norm", params["final_norm"])(x), state
+
+    def trained_hidden(self, params: dict, tokens: jax.Array, inputs: Inputs, wrap: Callable[[Callable], Callable]):
+        """Token ids [B, T] -> (hidden states after the final norm [B, T, D], the load of all layers' experts or None).
+
+        `wrap` is put around the function of one unit, (its parameters, x) -> (x, load): rematerialisation, and what is
+        to be done with the parameters when they are needed.
+        """
+
+        def unit(unit_params, x):
+            x, _, _, load = self._merge("units", unit_params)(x, inputs)
+            return x, load
+
+        wrapped = wrap(unit)
+
+        def step(unit_params, u, carry):
+            x, load = carry
+            x, more = wrapped(unit_params, x)
+            return x, jax.tree.map(jnp.add, load, more)
+
+        experts = self.config.num_experts
+        load = RouterLoad(jnp.zeros(experts), jnp.zeros(experts)) if experts else None
+        x, load = apply_units(step, params["units"], (self.embed(params, tokens), load))
+        return self._merge("final_norm", params["final_norm"])(x), load
 
     def layer_outputs(self, params: dict, tokens: jax.Array, inputs: Inputs) -> jax.Array:
         """The residual stream [layers + 1, B, T, D]: after the embedding and after each layer. For finding where numbers part."""
@@ -134,21 +159,24 @@ class Model:
 
         def unit(unit_params, u, carry):
             x, outputs = carry
-            x, _, after = self._merge("units", unit_params)(x, inputs)
+            x, _, after, _ = self._merge("units", unit_params)(x, inputs)
             return x, jax.lax.dynamic_update_slice(outputs, jnp.stack(after), (u * interval + 1, 0, 0, 0))
 
         return apply_units(unit, params["units"], (x, outputs))[1]
 
+    def head(self, params: dict) -> jax.Array:
+        """The output matrix [V, D]."""
+        return params["embed"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]["kernel"]
+
     @jax.named_scope("head")
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V], V cut over `model`."""
-        kernel = params["embed"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]["kernel"]
-        logits = linear(hidden, kernel, "BTD,VD->BTV", out_dtype=jnp.float32, implementation=self.forms.linear)
+        logits = linear(hidden, self.head(params), "BTD,VD->BTV", out_dtype=jnp.float32, implementation=self.forms.linear)
         return self.sharding.constrain(logits, "B T V")
 
     def mtp_hidden(self, params: dict, hidden: jax.Array, next_tokens: jax.Array, inputs: Inputs, cache: dict | None = None):
         """Hidden states [B, T, D] of positions i and token ids [B, T] of i+1 -> (states [B, T, D] that `logits` turns into
-        predictions of the tokens i+2, the layer's cache)."""
+        predictions of the tokens i+2, the layer's cache, the load of its experts or None)."""
         return self._merge("mtp", params["mtp"])(hidden, self.embed(params, next_tokens), inputs, cache)
 
 

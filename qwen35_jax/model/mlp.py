@@ -11,7 +11,7 @@ from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
-from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply, route
+from qwen35_jax.ops.moe import EXPERT_AXES, RouterLoad, Routing, moe_apply, route
 from qwen35_jax.sharding import Sharding
 
 
@@ -26,13 +26,13 @@ class DenseMlp(nnx.Module):
         self.sharding, self.forms = sharding, forms
 
     @jax.named_scope("dense_mlp")
-    def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]."""
+    def __call__(self, x: jax.Array, inputs: Inputs) -> tuple[jax.Array, None]:
+        """x [B, T, D] -> ([B, T, D], no router's load)."""
         form = self.forms.linear
         gate = linear(x, self.gate.get_value(), "BTD,DF->BTF", implementation=form)
         up = linear(x, self.up.get_value(), "BTD,DF->BTF", implementation=form)
         hidden = self.sharding.constrain(jax.nn.silu(gate) * up, "B T F")
-        return self.sharding.constrain(linear(hidden, self.down.get_value(), "BTF,FD->BTD", implementation=form), "B T D")
+        return self.sharding.constrain(linear(hidden, self.down.get_value(), "BTF,FD->BTD", implementation=form), "B T D"), None
 
 
 class Experts(nnx.Module):
@@ -57,18 +57,20 @@ class MoeMlp(nnx.Module):
         self.top_k, self.sharding, self.forms = config.num_experts_per_tok, sharding, forms
 
     @jax.named_scope("moe_mlp")
-    def __call__(self, x: jax.Array, inputs: Inputs) -> jax.Array:
-        """x [B, T, D] -> [B, T, D]; padding is routed nowhere."""
+    def __call__(self, x: jax.Array, inputs: Inputs) -> tuple[jax.Array, RouterLoad]:
+        """x [B, T, D] -> ([B, T, D], the load [E] of its experts); padding is routed nowhere."""
         logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32, implementation=self.forms.linear)
         # Left to the partitioner, the top k of some backends gathers the logits of all tokens first.
-        routing = self.sharding.shard_map(self._route, ("B T X", "B T"), "B T X")(logits, inputs.segment_ids > 0)
+        mapped = self.sharding.shard_map(self._route, ("B T X", "B T"), ("B T X", "B X"))
+        routing, load = mapped(logits, inputs.segment_ids > 0)
         experts = {name: getattr(self.experts, name).get_value() for name in EXPERT_AXES}
         routed = moe_apply(x, routing, experts, self.sharding, self.forms.moe, implementation=self.forms.grouped_linear)
         gate = linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32, implementation=self.forms.linear)
-        shared = self.shared(x, inputs)
-        return self.sharding.constrain(routed + (jax.nn.sigmoid(gate)[..., None] * shared).astype(x.dtype), "B T D")
+        shared, _ = self.shared(x, inputs)
+        y = self.sharding.constrain(routed + (jax.nn.sigmoid(gate)[..., None] * shared).astype(x.dtype), "B T D")
+        return y, jax.tree.map(lambda shards: jnp.sum(shards, axis=0), load)
 
-    def _route(self, logits: jax.Array, alive: jax.Array) -> Routing:
+    def _route(self, logits: jax.Array, alive: jax.Array) -> tuple[Routing, RouterLoad]:
         return route(logits, self.top_k, alive)
 
 

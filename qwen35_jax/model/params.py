@@ -33,7 +33,7 @@ def declare(config: ModelConfig, axes: str, shape: tuple[int, ...], init: str = 
         letters = axes.split()
         blocks = tuple(-(-n // FP8_BLOCK) if a in BLOCKED_AXES else n for a, n in zip(letters, shape, strict=True))
         value = Fp8Weight(jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn), jax.ShapeDtypeStruct(blocks, jnp.bfloat16))
-    return nnx.Param(value, axes=axes, init=init)
+    return nnx.Param(value, axes=axes, init=init, fp8=fp8)
 
 
 def declarations(module: nnx.Module) -> dict:

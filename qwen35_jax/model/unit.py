@@ -43,10 +43,12 @@ class DecoderLayer(nnx.Module):
         self.post_norm = RMSNorm(config)
         self.mlp = make_mlp(config, sharding, forms)
 
-    def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None) -> tuple[jax.Array, dict | None]:
+    def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None):
+        """x [B, T, D] -> (x, the mixer's state, the load of the layer's experts or None)."""
         mixed, state = self.mixer(self.input_norm(x), inputs, state)
         x = x + mixed
-        return x + self.mlp(self.post_norm(x), inputs), state
+        y, load = self.mlp(self.post_norm(x), inputs)
+        return x + y, state, load
 
 
 class Unit(nnx.Module):
@@ -59,20 +61,22 @@ class Unit(nnx.Module):
         self.layers = nnx.Dict({str(i): DecoderLayer(config, m, sharding, forms) for i, m in enumerate(mixers)})
 
     def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None, u: jax.Array | int = 0):
-        """x [B, T, D] and the decoding state of all units -> (x after unit u, the state, x after each layer of the unit).
+        """x [B, T, D] and the decoding state of all units -> (x after unit u, the state, x after each layer of the unit, the
+        load of the unit's experts, or None without experts).
 
         Each layer's part of a stacked state is sliced out, updated and written back: the pattern that a scan does in place.
         """
-        after = []
+        after, loads = [], []
         last = len(self.layers) - 1
         for i in range(last + 1):
             names, index, sizes = (LINEAR_STATE, (u, i), last) if i < last else (ATTENTION_STATE, (u,), 1)
             part = None if state is None else {name: _slice(state[name], index, sizes) for name in names}
-            x, part = self.layers[str(i)](x, inputs, part)
+            x, part, load = self.layers[str(i)](x, inputs, part)
             if state is not None:
                 state = state | {name: _write(state[name], part[name], index, sizes) for name in names}
             after.append(x)
-        return x, state, after
+            loads.append(load)
+        return x, state, after, jax.tree.map(lambda *parts: sum(parts), *loads)
 
 
 def _flat(index: tuple[int, ...], layers: int) -> int:

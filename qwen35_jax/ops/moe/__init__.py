@@ -9,10 +9,10 @@ import jax
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.moe.gather import gather_experts
 from qwen35_jax.ops.moe.reference import moe_reference
-from qwen35_jax.ops.moe.routing import Routing, route
+from qwen35_jax.ops.moe.routing import RouterLoad, Routing, balance_loss, route
 from qwen35_jax.sharding import Sharding
 
-__all__ = ["EXPERT_AXES", "Routing", "moe_apply", "moe_reference", "route"]
+__all__ = ["EXPERT_AXES", "RouterLoad", "Routing", "balance_loss", "moe_apply", "moe_reference", "route"]
 
 EXPERT_AXES = {"gate": "E D F", "up": "E D F", "down": "E F D"}
 
