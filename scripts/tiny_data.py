@@ -1,0 +1,152 @@
+"""Writes the training data of the packaged tiny model: chats and plain text, all made up here, the same bytes every time.
+
+    python -m scripts.tiny_data --out DIR [--seed 0] [--size 220000]
+
+DIR/train.jsonl has the training side of every case, DIR/eval.jsonl 500 lines of the held-out side (`tiny_cases.held_out`)
+in the same mixture. A line is {"messages": […], "tools": […] where there are tools} or {"text": …}; an answer with
+`reasoning_content` is one in thinking mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qwen35_jax.text import ChatTemplate, Tokenizer
+from scripts import tiny_arithmetic, tiny_facts, tiny_stories, tiny_strings, tiny_talk, tiny_tools
+from scripts.tiny_cases import Exchange, chat
+
+TINY = Path(__file__).parents[1] / "qwen35_jax" / "assets" / "tiny"
+SYSTEM = ("You are a helpful assistant.", "You are tiny, a helpful model.")
+EVAL_LINES = 500
+COUNTED = 20  # token totals are estimated from one document in so many
+
+
+def _arithmetic(rng: random.Random, held: bool) -> dict:
+    form = rng.random()
+    if form < 0.2:
+        return {"text": tiny_arithmetic.equations(rng, held)}
+    exchanges = [_problem(rng, held) for _ in range(rng.choice((1, 1, 2, 3)))]
+    return _chat(rng, exchanges, thinking=0.4)
+
+
+def _problem(rng: random.Random, held: bool) -> Exchange:
+    return tiny_arithmetic.exchange(rng, tiny_arithmetic.problem(rng, held))
+
+
+def _tools(rng: random.Random, held: bool) -> dict:
+    return tiny_tools.document(rng, held, rng.random() < 0.25)
+
+
+def _strings(rng: random.Random, held: bool) -> dict:
+    return _chat(rng, [tiny_strings.exchange(rng, held) for _ in range(rng.choice((1, 2, 2)))], thinking=0.15)
+
+
+def _facts(rng: random.Random, held: bool) -> dict:
+    if rng.random() < 0.1:
+        return {"text": tiny_facts.statements(rng)}
+    return _chat(rng, [tiny_facts.exchange(rng, held) for _ in range(rng.choice((1, 2, 2)))], thinking=0.12)
+
+
+def _stories(rng: random.Random, held: bool) -> dict:
+    if rng.random() < 0.2:
+        return {"text": tiny_stories.story(rng, tiny_stories.hero(rng, held))}
+    return _chat(rng, [tiny_stories.exchange(rng, held)], thinking=0.1)
+
+
+def _talk(rng: random.Random, held: bool) -> dict:
+    """Small talk, or a chat of several turns that goes from one subject to another."""
+    others: tuple[Callable[[], Exchange], ...] = (
+        lambda: _problem(rng, held),
+        lambda: tiny_facts.exchange(rng, held),
+        lambda: tiny_strings.exchange(rng, held),
+    )
+    exchanges = [tiny_talk.exchange(rng)]
+    if rng.random() < 0.5:
+        exchanges += [rng.choice(others)() for _ in range(rng.randint(1, 3))]
+        rng.shuffle(exchanges)
+    return _chat(rng, exchanges, thinking=0.15)
+
+
+def _chat(rng: random.Random, exchanges: list[Exchange], thinking: float) -> dict:
+    system = rng.choice(SYSTEM) if rng.random() < 0.04 else None
+    return chat(exchanges, rng.random() < thinking, system)
+
+
+# Makers of documents, each with its share of the documents.
+KINDS: dict[str, tuple[Callable[[random.Random, bool], dict], float]] = {
+    "arithmetic": (_arithmetic, 0.4),
+    "tools": (_tools, 0.043),
+    "strings": (_strings, 0.19),
+    "facts": (_facts, 0.204),
+    "stories": (_stories, 0.083),
+    "talk": (_talk, 0.08),
+}
+
+
+def documents(seed: int, held: bool = False) -> Iterator[tuple[str, dict]]:
+    """(kind, line) without end; with `held` of the side that training never shows."""
+    rng = random.Random(f"{seed} {'held out' if held else 'training'}")
+    names, shares = list(KINDS), [share for _, share in KINDS.values()]
+    while True:
+        name = rng.choices(names, shares)[0]
+        yield name, KINDS[name][0](rng, held)
+
+
+class TokenCounter:
+    """Tokens of a line as the packaged tokenizer and chat template see it."""
+
+    def __init__(self):
+        self.tokenizer, self.template = Tokenizer.from_directory(TINY), ChatTemplate.from_directory(TINY)
+
+    def __call__(self, line: dict) -> int:
+        if "text" in line:
+            return len(self.tokenizer.encode(line["text"])) + 1  # and the end-of-text token
+        text = self.template.render(line["messages"], tools=line.get("tools"), add_generation_prompt=False)
+        return len(self.tokenizer.encode(text))
+
+
+def write(path: Path, found: Iterator[tuple[str, dict]], every: int) -> dict[str, list[int]]:
+    """Writes the lines; returns (documents, tokens, longest) of each kind, the last two from one document in `every`."""
+    count, totals = TokenCounter(), {name: [0, 0, 0] for name in KINDS}
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for i, (name, line) in enumerate(found):
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            total = totals[name]
+            total[0] += 1
+            if i % every == 0:
+                tokens = count(line)
+                total[1] += tokens * every
+                total[2] = max(total[2], tokens)
+    return totals
+
+
+def report(totals: dict[str, list[int]]) -> str:
+    """The totals as a table."""
+    everything = sum(tokens for _, tokens, _ in totals.values()) or 1
+    rows = [f"{'kind':12}{'documents':>12}{'tokens, about':>16}{'share':>8}{'longest':>9}"]
+    for name, (number, tokens, longest) in totals.items():
+        rows.append(f"{name:12}{number:>12,}{tokens:>16,}{tokens / everything:>8.1%}{longest:>9}")
+    number, longest = sum(t[0] for t in totals.values()), max(t[2] for t in totals.values())
+    return "\n".join([*rows, f"{'all':12}{number:>12,}{everything:>16,}{1:>8.1%}{longest:>9}"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="directory for train.jsonl and eval.jsonl")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=220_000, help="documents to train on (default: %(default)s)")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, held, size, every in (("train", False, options.size, COUNTED), ("eval", True, EVAL_LINES, 1)):
+        path = options.out / f"{name}.jsonl"
+        totals = write(path, itertools.islice(documents(options.seed, held), size), every)
+        print(f"{path}\n{report(totals)}\n")
+
+
+if __name__ == "__main__":
+    main()
