@@ -11,6 +11,7 @@ from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.attention import attention, cached_attention
 from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.fp8 import share_activation
 from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.norm import rms_norm
 from qwen35_jax.ops.rotary import apply_rotary
@@ -36,6 +37,7 @@ class GatedAttention(nnx.Module):
     def __call__(self, x: jax.Array, inputs: Inputs, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] -> ([B, T, D], the unit's cache with the new keys and values)."""
         s, form = self.sharding, self.forms.linear
+        x = share_activation(x, self.q_gate.get_value(), self.k.get_value(), self.v.get_value())
         q_gate = linear(x, s.repeat_heads(self.q_gate.get_value(), "D N G H", "N"), "BTD,DNGH->BTNGH", implementation=form)
         q, gate = q_gate[..., 0, :], q_gate[..., 1, :]
         k = linear(x, s.repeat_heads(self.k.get_value(), "D K H", "K"), "BTD,DKH->BTKH", implementation=form)

@@ -11,6 +11,7 @@ from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.causal_conv import causal_conv1d
 from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.fp8 import share_activation
 from qwen35_jax.ops.gated_delta import gated_delta_rule, gated_delta_step
 from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.norm import gated_rms_norm
@@ -44,6 +45,7 @@ class GatedDeltaNet(nnx.Module):
     @jax.named_scope("gated_delta_net")
     def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] -> ([B, T, D], the layer's windows and recurrent state after the last real token)."""
+        x = share_activation(x, *(w.get_value() for w in (self.q, self.k, self.v, self.z)))
         project = {
             "q": self._project(x, self.q, "D K H"),
             "k": self._project(x, self.k, "D K H"),

@@ -10,6 +10,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.fp8 import share_activation
 from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.moe import EXPERT_AXES, RouterLoad, Routing, moe_apply, route
 from qwen35_jax.sharding import Sharding
@@ -29,6 +30,7 @@ class DenseMlp(nnx.Module):
     def __call__(self, x: jax.Array, inputs: Inputs) -> tuple[jax.Array, None]:
         """x [B, T, D] -> ([B, T, D], no router's load)."""
         form = self.forms.linear
+        x = share_activation(x, self.gate.get_value(), self.up.get_value())
         gate = linear(x, self.gate.get_value(), "BTD,DF->BTF", implementation=form)
         up = linear(x, self.up.get_value(), "BTD,DF->BTF", implementation=form)
         hidden = self.sharding.constrain(jax.nn.silu(gate) * up, "B T F")

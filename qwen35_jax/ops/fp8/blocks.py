@@ -60,32 +60,72 @@ def dequantize(w: Fp8Weight, dtype=jnp.float32) -> jax.Array:
 
 def _scale_of(amax: jax.Array) -> jax.Array:
     """amax / 448, or 1 where that is not a normal float32 (zero blocks among them), so that dividing by it is safe."""
-    scale = amax / FP8_MAX
+    scale = amax * jnp.float32(1 / FP8_MAX)  # compilers turn a division by a constant into this, but not always
     return jnp.where(scale >= jnp.finfo(jnp.float32).tiny, scale, 1.0)
 
 
+def _nearest(x: jax.Array) -> jax.Array:
+    """float32 within +-448 rounded to the nearest e4m3 number (ties to even), still float32; NaN stays NaN."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    power = jax.lax.bitcast_convert_type(bits & jnp.uint32(0x7F800000), jnp.float32)  # of two, at most |x|
+    # Added and taken away again, this pushes out all bits but three behind the first; e4m3 is subnormal below 2^-6.
+    push = jnp.maximum(power, 2.0**-6) * (1.5 * 2.0**20)
+    return (x + push) - push
+
+
+def _cast_bits(x: jax.Array) -> jax.Array:
+    """The cast to e4m3 with integers: XLA:CPU's own takes five times as long."""
+    size = jnp.abs(_nearest(x))
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    normal = (jax.lax.bitcast_convert_type(size, jnp.uint32) >> 20) - (120 << 3)
+    code = jnp.where(size < 2.0**-6, (size * 2.0**9).astype(jnp.uint32), normal)
+    code = jnp.where(jnp.isnan(x), 0x7F, code) | (bits >> 24 & 0x80)
+    return jax.lax.bitcast_convert_type(code.astype(jnp.uint8), jnp.float8_e4m3fn)
+
+
+def _clip(x: jax.Array) -> jax.Array:
+    return jnp.clip(x, -FP8_MAX, FP8_MAX)
+
+
 def _cast(x: jax.Array) -> jax.Array:
-    return jnp.clip(x, -FP8_MAX, FP8_MAX).astype(jnp.float8_e4m3fn)
+    return jax.lax.platform_dependent(_clip(x), cpu=_cast_bits, default=lambda x: x.astype(jnp.float8_e4m3fn))
+
+
+def quantize_blocks(x: jax.Array, blocked_axes: Sequence[int], scale_dtype=jnp.bfloat16) -> tuple[jax.Array, jax.Array]:
+    """x to FP8: one scale per block of 128 along each of `blocked_axes` (the last may be ragged), one per entry of the others.
+
+    x of any float dtype -> values float8_e4m3fn of its shape, scales of `scale_shape`. Scales are rounded to `scale_dtype`
+    before the values are divided by them, so that no further error is made. NaN and infinity stay visible: an infinite
+    entry becomes NaN.
+    """
+    x, scales = _scaled(x, blocked_axes, scale_dtype)
+    return _cast(x), scales
+
+
+def round_blocks(x: jax.Array, blocked_axes: Sequence[int]) -> jax.Array:
+    """What `quantize_blocks` makes of x, dequantised again: float32. Cheap on the CPU, where no FP8 array is written."""
+    scaled, scales = _scaled(x, blocked_axes, jnp.bfloat16)
+    return _nearest(_clip(scaled)) * expand_scales(scales, x.shape)
+
+
+def _scaled(x: jax.Array, blocked_axes: Sequence[int], scale_dtype) -> tuple[jax.Array, jax.Array]:
+    x = x.astype(jnp.float32)
+    kept = jnp.finfo(scale_dtype)
+    # A cast to bfloat16 and back would not do: XLA may leave both out.
+    scales = jax.lax.reduce_precision(_scale_of(_block_amax(x, blocked_axes)), kept.nexp, kept.nmant)
+    # Not x / scales: whether XLA divides or does this depends on what is around, and ties are common among numbers that
+    # were FP8 before.
+    return x * expand_scales(1 / scales, x.shape), scales.astype(scale_dtype)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Activations to FP8, one scale per 128 along the last axis (the last block may be ragged).
-
-    x [..., D] of any float dtype -> values [..., D] float8_e4m3fn, scales [..., ceil(D / 128)] float32. NaN and
-    infinity stay visible: an infinite entry becomes NaN.
-    """
-    scales = _scale_of(_block_amax(x.astype(jnp.float32), (x.ndim - 1,)))
-    return _cast(x.astype(jnp.float32) / expand_scales(scales, x.shape)), scales
+    """Activations to FP8: x [..., D] -> values [..., D] float8_e4m3fn, scales [..., ceil(D / 128)] float32."""
+    return quantize_blocks(x, (x.ndim - 1,), jnp.float32)
 
 
 def quantize_weight(w: jax.Array, blocked_axes: Sequence[int], scale_dtype=jnp.bfloat16) -> Fp8Weight:
-    """Quantises a weight: one scale per block of 128 along each of `blocked_axes`, one per entry of the other axes.
-
-    Scales are rounded to `scale_dtype` before the values are divided by them, so that no further error is made.
-    """
-    x = w.astype(jnp.float32)
-    scales = _scale_of(_block_amax(x, blocked_axes)).astype(scale_dtype)
-    return Fp8Weight(_cast(x / expand_scales(scales, w.shape)), scales)
+    """`quantize_blocks` of a weight."""
+    return Fp8Weight(*quantize_blocks(w, blocked_axes, scale_dtype))
 
 
 def _block_amax(x: jax.Array, blocked_axes: Sequence[int]) -> jax.Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import Fp8Weight
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
 from qwen35_jax.ops.grouped_linear.reference import grouped_linear_reference
 from qwen35_jax.ops.grouped_linear.xla import grouped_linear_xla
 
@@ -13,13 +13,20 @@ __all__ = ["grouped_linear", "grouped_linear_reference"]
 
 
 def grouped_linear(
-    x: jax.Array, w: jax.Array | Fp8Weight, group_sizes: jax.Array, *, implementation: str | None = None
+    x: jax.Array | Fp8Activation,
+    w: jax.Array | Fp8Weight | Fp8Operand,
+    group_sizes: jax.Array,
+    *,
+    implementation: str | None = None,
 ) -> jax.Array:
     """Row r of group e, x[r] times w[e]. Rows are sorted by group; the first group_sizes[0] rows belong to group 0, ...
 
     x [R, *in]; w [E, *in, *out] or an `Fp8Weight` of that shape; group_sizes [E] int32 with sum <= R. Returns [R, *out]
     in x's dtype, float32 accumulation; rows beyond the groups are zero and cost nothing. Differentiable in x, and in w
     where it is an array. Sees one device's shard.
+
+    With an `Fp8Operand` the product and both gradients multiply e4m3 operands, as in `linear`; the weight's gradient
+    quantises 128 rows of one group at a time.
     """
     if implementation not in (None, "xla"):
         raise UserError(f"grouped_linear has no {implementation!r} implementation; choose xla")

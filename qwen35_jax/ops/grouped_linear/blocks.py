@@ -13,13 +13,13 @@ import jax.numpy as jnp
 SIZES = (1, 8, 32, 64)
 
 
-def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Array, rows: int) -> Any:
+def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Array, rows: int, sizes=SIZES) -> Any:
     """carry = block(carry, operands, group, start, size, mine) for every block of at most `size` rows of one group.
 
     The block's slice is start .. start + size, inside the `rows` rows; `mine` [size, 1] bool marks its own. `block`
     must use the operands it is given: closing over them lets XLA:CPU move their conversion out of the loop.
     """
-    sizes = [min(size, rows) for i, size in enumerate(SIZES) if i == 0 or SIZES[i - 1] < rows]
+    sizes = [min(size, rows) for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < rows]
     firsts = jnp.cumsum(group_sizes) - group_sizes
     full, rest = group_sizes // sizes[-1], group_sizes % sizes[-1]
     # One loop for each size, rather than one loop that chooses: XLA would copy the carry at every choice.

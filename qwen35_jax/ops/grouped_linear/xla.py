@@ -12,19 +12,23 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, dequantize
 from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take, take_rows
-from qwen35_jax.ops.linear.xla import one_row
+from qwen35_jax.ops.grouped_linear.fp8 import grouped_linear_fp8
+from qwen35_jax.ops.linear.xla import one_row, weight_array
 
 
-def grouped_linear_xla(x: jax.Array, w: jax.Array | Fp8Weight, group_sizes: jax.Array) -> jax.Array:
+def grouped_linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Operand, group_sizes: jax.Array) -> jax.Array:
     """See `qwen35_jax.ops.grouped_linear.grouped_linear`."""
-    shape = w.values.shape if isinstance(w, Fp8Weight) else w.shape
+    shared, x = x, x.x if isinstance(x, Fp8Activation) else x
+    shape = weight_array(w).shape
     rows, ins, outs = x.shape[0], x.shape[1:], shape[x.ndim :]
     if shape[1 : x.ndim] != ins or group_sizes.shape != shape[:1]:
         raise UserError(f"grouped_linear: x {x.shape}, w {shape} and group_sizes {group_sizes.shape} do not fit")
     if 0 in x.shape or 0 in shape:
         return jnp.zeros((rows, *outs), x.dtype)
+    if isinstance(w, Fp8Operand):
+        return grouped_linear_fp8(shared, w, group_sizes, _product)
     if isinstance(w, Fp8Weight):
         return _fp8_product(x, w, group_sizes).reshape(rows, *outs)
     w = w.astype(x.dtype).reshape(shape[0], math.prod(ins), math.prod(outs))

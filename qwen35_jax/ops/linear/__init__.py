@@ -1,24 +1,36 @@
-"""The dense product of activations with a weight, bfloat16, float32 or FP8."""
+"""The dense product of activations with a weight, bfloat16, float32 or FP8, or with one that is trained in FP8."""
 
 from __future__ import annotations
 
 import jax
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import Fp8Weight
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
 from qwen35_jax.ops.linear.reference import linear_reference
 from qwen35_jax.ops.linear.xla import linear_xla
 
 __all__ = ["linear", "linear_reference"]
 
 
-def linear(x: jax.Array, w: jax.Array | Fp8Weight, spec: str, *, out_dtype=None, implementation: str | None = None) -> jax.Array:
+def linear(
+    x: jax.Array | Fp8Activation,
+    w: jax.Array | Fp8Weight | Fp8Operand,
+    spec: str,
+    *,
+    out_dtype=None,
+    implementation: str | None = None,
+) -> jax.Array:
     """einsum(spec, x, w) with float32 accumulation and one cast, to `out_dtype` (default: x's dtype).
 
     `spec` names every axis with a letter, such as "BTD,DNH->BTNH" or "BTD,VD->BTV": letters of x that w has are summed,
     all others appear in the result. w is an array or an `Fp8Weight`, which is dequantised exactly (one cast, to x's
     dtype). Differentiable in x, and in w where it is an array; works on one shard, and under automatic sharding.
+
+    With an `Fp8Operand` the product and both gradients multiply e4m3 operands: x and the gradient with one scale per 128
+    of the summed axis, w with one per 128x128; x is saved in 8 bits. The summed axes must be the last of x and the first
+    of w, as in "BTNH,NHD->BTD"; blocks run over them flattened. An `Fp8Activation` (`share_activation`) is x quantised
+    once for several weights.
     """
     if implementation not in (None, "xla"):
         raise UserError(f"linear has no {implementation!r} implementation; choose xla")
-    return linear_xla(x, w, spec, out_dtype or x.dtype)
+    return linear_xla(x, w, spec, out_dtype)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import Fp8Weight, dequantize
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, dequantize
+from qwen35_jax.ops.linear.fp8 import linear_fp8
 
 # On the CPU, one row is multiplied in this many parts of the contracted axis, each of at least MIN_PART. A constant, so
 # that any sharding of the axis over 2, 4 or 8 devices is a sharding of the parts.
@@ -21,13 +22,24 @@ FEW_ROWS = 16
 SLAB = 2**20
 
 
-def linear_xla(x: jax.Array, w: jax.Array | Fp8Weight, spec: str, out_dtype) -> jax.Array:
+def linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Operand, spec: str, out_dtype) -> jax.Array:
     """See `qwen35_jax.ops.linear.linear`."""
-    _check(x, w.values if isinstance(w, Fp8Weight) else w, spec)
+    shared, x = x, x.x if isinstance(x, Fp8Activation) else x
+    _check(x, weight_array(w), spec)
+    out_dtype = out_dtype or x.dtype
+    if isinstance(w, Fp8Operand):
+        return linear_fp8(shared, w, spec, out_dtype)
     if isinstance(w, Fp8Weight):
         # Constant for differentiation: nothing updates an FP8 weight through its gradient.
         w = dequantize(jax.lax.stop_gradient(w), x.dtype)
     return _product(spec, jnp.dtype(out_dtype), x, w.astype(x.dtype))
+
+
+def weight_array(w: jax.Array | Fp8Weight | Fp8Operand) -> jax.Array:
+    """The array that has the weight's shape."""
+    if isinstance(w, Fp8Weight):
+        return w.values
+    return w.value if isinstance(w, Fp8Operand) else w
 
 
 def _check(x: jax.Array, w: jax.Array, spec: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from qwen35_jax.ops.fp8 import share_activation
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.moe.routing import Routing
 
@@ -64,7 +65,7 @@ def _local_experts(tokens, ids, weights, experts, local: int, implementation):
     order = jnp.argsort(flat, stable=True)[:rows]
     token = order // k
     group_sizes = jnp.zeros(local + 1, jnp.int32).at[flat].add(1)[:local]
-    rows_in = tokens[token]
+    rows_in = share_activation(tokens[token], experts["gate"], experts["up"])
     gate, up = (grouped_linear(rows_in, experts[n], group_sizes, implementation=implementation) for n in ("gate", "up"))
     hidden = jax.nn.silu(gate) * up
     out = grouped_linear(hidden, experts["down"], group_sizes, implementation=implementation)

@@ -1,0 +1,134 @@
+"""`linear` in FP8, forward and backward, in plain XLA. The residual is x in 8 bits; the weight is quantised again.
+
+On the CPU the operands are rounded to FP8 but multiplied in float32: the same numbers up to the order of summation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.fp8.blocks import quantize_blocks, round_blocks
+from qwen35_jax.ops.fp8.statistics import difference, operand_statistics, pack
+from qwen35_jax.ops.fp8.training import Fp8Activation, Fp8Operand, block_dot, dequantize_blocks, float_dot
+
+TOKENS, INS, OUTS = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Sizes of the axes of tokens, of those that are summed and of the results, and into how many parts each group is cut."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    cuts: tuple[int, ...]
+
+    def pair(self, group: int) -> tuple[int, int]:
+        """[parts, entries of a part] of a group."""
+        return self.cuts[group], math.prod(self.shapes[group]) // self.cuts[group]
+
+    def view(self, a: jax.Array, first: int, second: int) -> jax.Array:
+        """An array with the axes of two groups as [parts, rows, parts, columns]."""
+        return a.reshape(*self.pair(first), *self.pair(second))
+
+    def flat(self, a: jax.Array, first: int, second: int) -> jax.Array:
+        """The inverse of `view`."""
+        return a.reshape(*self.shapes[first], *self.shapes[second])
+
+
+def _layout(x: jax.Array, w: Fp8Operand, spec: str) -> Layout:
+    inputs, out = spec.split("->")
+    x_axes, w_axes = inputs.split(",")
+    count = sum(a in x_axes for a in w_axes)
+    tokens, ins, outs = x_axes[: len(x_axes) - count], w_axes[:count], w_axes[count:]
+    if not ins or x_axes != tokens + ins or out != tokens + outs:
+        raise UserError(f"linear {spec!r}: FP8 training wants the summed axes last in x and first in w, such as BTNH,NHD->BTD")
+    sizes = dict(zip(x_axes + w_axes, x.shape + w.value.shape, strict=True))
+    parts = dict(w.cuts)
+
+    def cut(letters):  # a mesh cuts the first axis of a group, if any
+        n = parts.get(letters[:1], 1)
+        return n if letters and sizes[letters[0]] % n == 0 else 1
+
+    groups = (tokens, ins, outs)
+    return Layout(tuple(tuple(sizes[a] for a in g) for g in groups), tuple(map(cut, groups)))
+
+
+def linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, spec: str, out_dtype) -> jax.Array:
+    """See `qwen35_jax.ops.linear.linear`; shapes are checked."""
+    layout = _layout(x.x if isinstance(x, Fp8Activation) else x, w, spec)
+    if isinstance(x, Fp8Activation) and len(layout.shapes[INS]) == layout.cuts[INS] == 1:
+        x, values, scales = x.x, x.values, x.scales
+    else:
+        x = x.x if isinstance(x, Fp8Activation) else x
+        values, scales = quantize_blocks(layout.view(jax.lax.stop_gradient(x), TOKENS, INS), (3,))
+        values, scales = values.reshape(x.shape), scales.reshape(*layout.shapes[TOKENS], -1)
+    static = layout, jnp.dtype(out_dtype), x.dtype, w.statistics_axis
+    return _product(*static, x, values, scales, w.value)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
+    """The product of values x scales with w; x stands there to receive the gradient."""
+    form = functools.partial(_forward, layout)
+    y = jax.lax.platform_dependent(
+        (values, scales), w,
+        cpu=functools.partial(form, dequantize_blocks, round_blocks, float_dot),
+        default=functools.partial(form, lambda *q: q, quantize_blocks, block_dot),
+    )  # fmt: skip
+    return layout.flat(y, TOKENS, OUTS).astype(out_dtype)
+
+
+def _product_forward(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
+    y = _product(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w)
+    statistics = None if statistics_axis is None else _statistics(layout, x, values, scales, w, y)
+    return y, (values, scales, w, statistics)
+
+
+def _product_backward(layout, out_dtype, x_dtype, statistics_axis, residuals, dy):
+    values, scales, w, statistics = residuals
+    dy = dy.astype(x_dtype)
+    form = functools.partial(_backward, layout)
+    dx, dw = jax.lax.platform_dependent(
+        (values, scales), w, dy,
+        cpu=functools.partial(form, round_blocks, float_dot),
+        default=functools.partial(form, quantize_blocks, block_dot),
+    )  # fmt: skip
+    dx, dw = layout.flat(dx, TOKENS, INS).astype(x_dtype), layout.flat(dw, INS, OUTS).astype(w.dtype)
+    if statistics_axis is not None:
+        exact = layout.view(dy, TOKENS, OUTS)
+        statistics = jnp.concatenate([statistics, operand_statistics(exact, round_blocks(exact, (3,)))])
+        dw = pack(statistics, w.shape, statistics_axis, w.dtype)
+    return dx, None, None, dw
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _activation(layout: Layout, values, scales):
+    """x as (values, scales) of its four-dimensional form."""
+    return layout.view(values, TOKENS, INS), scales.reshape(*layout.pair(TOKENS), layout.cuts[INS], -1)
+
+
+def _forward(layout, opened, quantised, dot, x, w):
+    return dot(opened(*_activation(layout, *x)), 1, quantised(layout.view(w, INS, OUTS), (1, 3)), 0)
+
+
+def _backward(layout, quantised, dot, x, w, dy):
+    """The gradients of x and of w: the first sums over results, the second over tokens, and both quantise along them."""
+    x, w, dy = _activation(layout, *x), layout.view(w, INS, OUTS), layout.view(dy, TOKENS, OUTS)
+    dx = dot(quantised(dy, (3,)), 1, quantised(w, (1, 3)), 1)
+    return dx, dot(quantised(dequantize_blocks(*x), (1,)), 0, quantised(dy, (1,)), 0)
+
+
+def _statistics(layout, x, values, scales, w, y):
+    """Those that the forward pass knows: of the product, beside that in x's dtype, of x and of w."""
+    x, w = layout.view(x, TOKENS, INS), layout.view(w, INS, OUTS)
+    exact = float_dot(x, 1, w.astype(x.dtype), 0)
+    rounded = dequantize_blocks(*_activation(layout, values, scales))
+    parts = [difference(exact, layout.view(y, TOKENS, OUTS)), operand_statistics(x, rounded)]
+    return jnp.concatenate([*parts, operand_statistics(w, round_blocks(w, (1, 3)))])
