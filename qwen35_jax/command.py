@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -10,30 +11,80 @@ from absl import flags
 
 from qwen35_jax.errors import UserError
 
+HELP = flags.DEFINE_bool("help", False, "print this and exit", short_name="h")
+
+
+def quiet_interrupts() -> None:
+    """Lets Ctrl-C end the process in one line until `run` takes over.
+
+    The commands call this before their other imports, which take seconds in which a KeyboardInterrupt could surface
+    anywhere. Where interrupts are ignored (`nohup`, background jobs), they stay so.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _end)
+
 
 def run(main: Callable[[list[str]], None], usage: str) -> None:
     """Parses sys.argv into the absl flags, calls main(positional arguments), and exits.
 
     Status 0 is success, 1 wrong input (one line on stderr), 130 Ctrl-C. `usage` is what --help prints above the flags.
+    Text goes in and out as UTF-8, whatever the locale is.
     """
     try:
-        if any(arg in ("--help", "-h", "-help", "--helpshort") for arg in sys.argv[1:]):
+        if signal.getsignal(signal.SIGINT) is _end:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _open_streams()
+        arguments = _parsed()
+        if HELP.value:
             print(usage.strip() + "\n\n" + flags.FLAGS.module_help("__main__"))
-            raise SystemExit(0)
-        main(flags.FLAGS(sys.argv)[1:])
+        else:
+            main(arguments)
         sys.stdout.flush()
     except (UserError, flags.Error) as error:
-        _fail(str(error), 1)
+        _fail(str(error))
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader of our output went away, as with `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()
             raise SystemExit(1) from None
-        _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+        if error.filename is None:  # perhaps of our output, as on a full disk: the exit would try it again
+            _discard_output()
+        _fail(f"{error.strerror or error}: {error.filename}" if error.filename is not None else error.strerror or str(error))
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr, flush=True)
-        os._exit(130)  # a compilation in another thread would hold an ordinary exit back until it is done
+        _end()
 
 
-def _fail(message: str, status: int) -> None:
+def _parsed() -> list[str]:
+    """Positional arguments. The flags of a configuration's fields do not complain with errors of absl."""
+    try:
+        return flags.FLAGS(sys.argv)[1:]
+    except (AttributeError, KeyError, TypeError) as error:
+        text = str(error.args[0] if error.args else error)
+        raise UserError(f"wrong configuration: {text}; qwen35_jax/train/config.py has all fields") from error
+
+
+def _end(*_) -> None:
+    print("error: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)  # a compilation in another thread would hold an ordinary exit back until it is done
+
+
+def _fail(message: str) -> None:
     print("error: " + " ".join(message.split()), file=sys.stderr)
-    raise SystemExit(status)
+    raise SystemExit(1)
+
+
+def _open_streams() -> None:
+    """Makes the three streams UTF-8. A closed input counts as empty, a closed output is an error."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+    if sys.stdout is None:
+        raise UserError("the output is closed: send it to a file, or to /dev/null")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    # Bytes that are no UTF-8 come in as lone surrogates, as in sys.argv; the tokenizer says what is wrong with them.
+    sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

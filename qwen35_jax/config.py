@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from qwen35_jax.errors import UserError
 
 MODEL_TYPES = ("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text")
 ROPE_TYPES = ("default", "yarn")
+LARGEST_INT = 2**31 - 1  # no size is larger, and what follows from one still fits a float
+LARGEST_COUNT = 4096  # of layers and of experts: each is a parameter with a name
 ASSETS = epath.Path(__file__).parent / "assets"
 
 
@@ -34,6 +37,10 @@ class RopeConfig:
     def __post_init__(self):
         if self.rope_type not in ROPE_TYPES:
             raise UserError(f"rope_type is {self.rope_type!r}; accepted are {', '.join(ROPE_TYPES)}")
+        if not 1 <= self.theta <= 1e12:
+            raise UserError(f"config: rope_theta is {self.theta}; it must be 1 to 1e12")
+        if not 0 < self.partial_rotary_factor <= 1:
+            raise UserError(f"config: partial_rotary_factor is {self.partial_rotary_factor}; it must be above 0 and at most 1")
         if self.rope_type == "yarn" and not (self.factor >= 1 and self.original_max_position_embeddings):
             raise UserError("rope_type 'yarn' needs factor >= 1 and original_max_position_embeddings in rope_parameters")
 
@@ -92,6 +99,15 @@ class ModelConfig:
     quantized_source: bool = False
 
     def __post_init__(self):
+        ffn = "moe_intermediate_size" if self.num_experts else "intermediate_size"
+        for field in (*_POSITIVE, ffn):
+            if getattr(self, field) <= 0:
+                raise UserError(f"config: {field} is {getattr(self, field)}; it must be 1 or more")
+        for field in ("num_hidden_layers", "num_experts"):
+            if getattr(self, field) > LARGEST_COUNT:
+                raise UserError(f"config: {field} is {getattr(self, field)}; the most that is supported is {LARGEST_COUNT}")
+        if not 0 < self.rms_norm_eps < 1:
+            raise UserError(f"config: rms_norm_eps is {self.rms_norm_eps}; it must be above 0 and below 1")
         for field, divisor in (
             ("num_hidden_layers", "full_attention_interval"),
             ("num_attention_heads", "num_key_value_heads"),
@@ -156,7 +172,7 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         raw = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"no config.json at {path}: is this a Hugging Face model directory?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{path} is not valid JSON ({e}): download it again") from None
     if not isinstance(raw, dict):
         raise UserError(f"{path} holds a {type(raw).__name__}, not a JSON object")
@@ -177,9 +193,11 @@ class _Fields:
             return default
         accepted = (int, float) if kind is float else kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
-            raise UserError(f"config: {self.where}{name} is {value!r}; expected {kind.__name__}")
-        if kind is int and value < 0:
-            raise UserError(f"config: {self.where}{name} is {value}; expected 0 or more")
+            raise UserError(f"config: {self.where}{name} is {value!r:.200}; expected {kind.__name__}")
+        if kind is int and not 0 <= value <= LARGEST_INT:
+            raise UserError(f"config: {self.where}{name} is {value!r:.60}; expected 0 to {LARGEST_INT}")
+        if kind is float and not abs(value) <= sys.float_info.max:  # NaN, Infinity, and integers that are no float
+            raise UserError(f"config: {self.where}{name} is {value!r:.60}; expected a finite number")
         return kind(value)
 
     def only(self, name: str, *accepted: Any) -> None:
@@ -223,6 +241,9 @@ _REQUIRED = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
     "linear_conv_kernel_dim", "max_position_embeddings",
+)  # fmt: skip
+_POSITIVE = (
+    "vocab_size", "hidden_size", "head_dim", "linear_key_head_dim", "linear_value_head_dim", "max_position_embeddings",
 )  # fmt: skip
 _REQUIRED_DENSE = ("intermediate_size",)
 _REQUIRED_MOE = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from qwen35_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupts()
+
 import sys
 
 import jax
 from absl import flags, logging
 
-from qwen35_jax import command
 from qwen35_jax.checkpoint.conversion import FORMS, convert
 from qwen35_jax.errors import UserError
 
@@ -33,6 +37,9 @@ def _unraisable(report: sys.UnraisableHookArgs) -> None:
 def main(arguments: list[str]) -> None:
     if len(arguments) != 2:
         raise UserError(f"expected SRC and DST, got {len(arguments)} arguments; see --help")
+    for name, text in (("SRC", arguments[0]), ("DST", arguments[1]), ("--revision", REVISION.value)):
+        if text == "":
+            raise UserError(f"{name} is empty; see --help")
     jax.config.update("jax_platforms", "cpu")  # Orbax asks JAX for its devices; files need no accelerator
     logging.set_verbosity(logging.FATAL)  # Orbax warns that there is no OCDBT to merge, and logs errors that it raises too
     sys.unraisablehook = _unraisable

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from qwen35_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupts()
+
 import contextlib
 import json
-import pathlib
+import os
 import sys
+import tempfile
 from collections.abc import Iterator
 
 import jax
 from absl import flags
 
-from qwen35_jax import command
 from qwen35_jax.config import PRESETS
 from qwen35_jax.errors import UserError
-from qwen35_jax.generate import LanguageModel, Piece, load
+from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
+from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.ops.forms import KERNEL_CHOICES
-from qwen35_jax.text import SAMPLING_PRESETS
+from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
 
 USAGE = """
 Writes text with a Qwen3.5 model.
@@ -41,7 +47,7 @@ THINK = flags.DEFINE_bool("think", None, "let the model think first, or not; def
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of one answer", lower_bound=1)
 PRESET = flags.DEFINE_enum("preset", None, list(SAMPLING_PRESETS), "the model card's sampling settings by name")
 STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; repeatable")
-SEED = flags.DEFINE_integer("seed", 0, "of sampling, and of random weights", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, "of sampling, and of random weights", lower_bound=0, upper_bound=LARGEST_SEED)
 PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "prompt tokens read at once", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weights and activations")
 KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
@@ -63,8 +69,10 @@ def main(arguments: list[str]) -> None:
     """Flags to options, one call, and the printing of what comes."""
     _check(arguments)
     prompts = [] if CHAT.value else _prompts()
+    if PROFILE.value is not None:
+        _make_writable(PROFILE.value)
     lm = load(
-        CHECKPOINT.value or MODEL.value or "tiny",
+        _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",
         MESH.value,
         DTYPE.value,
         revision=REVISION.value,
@@ -75,14 +83,14 @@ def main(arguments: list[str]) -> None:
     )
     if lm.random_weights:
         print(f"note: {MODEL.value or 'tiny'} has random weights here; its text has no meaning", file=sys.stderr)
-    options = {name: flag.value for name, flag in SAMPLING.items()} | {
+    options = _sampling() | {
         "max_new_tokens": MAX_NEW_TOKENS.value,
         "preset": PRESET.value,
         "seed": SEED.value,
         "stop": STOP.value,
         "prefill_chunk": PREFILL_CHUNK.value,
     }
-    with jax.profiler.trace(PROFILE.value) if PROFILE.value else contextlib.nullcontext():
+    with jax.profiler.trace(PROFILE.value) if PROFILE.value is not None else contextlib.nullcontext():
         if CHAT.value:
             chat(lm, options)
         elif JSON.value:
@@ -97,6 +105,9 @@ def _check(arguments: list[str]) -> None:
     """Flags that contradict each other are errors: nothing is parsed and ignored."""
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}: prompts go behind --prompt")
+    for flag in (CHECKPOINT, REVISION, PROMPTS_FILE, PROFILE):
+        if flag.value == "":
+            raise UserError(f"--{flag.name} is empty: give it a value, or leave it out")
     exclusive = (
         (CHECKPOINT.value and MODEL.value, "--checkpoint and --model: give one of them"),
         (REVISION.value and not CHECKPOINT.value, "--revision belongs to --checkpoint"),
@@ -109,55 +120,60 @@ def _check(arguments: list[str]) -> None:
     for wrong, message in exclusive:
         if wrong:
             raise UserError(message)
+    SamplingParams(**_sampling(), seed=SEED.value)  # complains now, not when the model is loaded
 
 
-def _prompts() -> list:
-    prompts: list = list(PROMPT.value)
-    if PROMPTS_FILE.value:
-        prompts += _read_prompts(pathlib.Path(PROMPTS_FILE.value))
-    prompts = prompts or [DEFAULT_PROMPT]
-    for prompt in prompts:
-        if isinstance(prompt, str) and not prompt.strip():
-            raise UserError("a prompt is empty: write something after --prompt")
-    if RAW.value:
-        if any(not isinstance(p, str) for p in prompts):
-            raise UserError("--raw takes text, but --prompts_file has messages")
-        return prompts
-    system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
-    return [system + ([{"role": "user", "content": p}] if isinstance(p, str) else p) for p in prompts]
+def _sampling() -> dict:
+    return {name: flag.value for name, flag in SAMPLING.items() if flag.value is not None}
 
 
-def _read_prompts(path: pathlib.Path) -> list:
+def _checkpoint() -> str:
+    """What `load` is to open: there the name of a preset is no directory's, but behind --checkpoint it is."""
+    return os.path.join(".", CHECKPOINT.value) if CHECKPOINT.value in PRESETS else CHECKPOINT.value
+
+
+def _make_writable(directory: str) -> None:
+    """Makes the directory of the trace, which is written last: what is wrong with it is to be known first."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text") from None
-    if not lines:
-        raise UserError(f"{path} holds no prompts")
-    if path.suffix != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
+        os.makedirs(directory, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise UserError(f"--profile {directory} cannot be written to: {error.strerror or error}") from error
+
+
+def _prompts() -> list[tuple[str, str | list]]:
+    """(place, prompt) of each prompt; a place is "" for what is on the command line. Text is put into a chat, but with --raw."""
+    placed: list = [("", text) for text in PROMPT.value]
+    if any(not text.strip() for text in PROMPT.value):
+        raise UserError("a prompt is empty: write something after --prompt")
+    if PROMPTS_FILE.value is not None:
+        placed += read_prompts(PROMPTS_FILE.value)
+    placed = placed or [("", DEFAULT_PROMPT)]
+    if RAW.value:
+        for where, prompt in placed:
+            if not isinstance(prompt, str):
+                raise UserError(f"{where} has messages, but --raw takes text")
+        return placed
+    system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
+    return [(where, system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)) for where, p in placed]
+
+
+def _encode(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[list[int]]:
+    """Token ids; UserError names the place of a prompt that cannot be used."""
+    ids = []
+    for where, prompt in prompts:
         try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from None
-        prompt = item.get("prompt", item.get("messages")) if isinstance(item, dict) else None
-        if not isinstance(prompt, str | list):
-            raise UserError(f'{path} line {number} has neither "prompt" (text) nor "messages" (a list)')
-        prompts.append(prompt)
-    return prompts
-
-
-def _template(lm: LanguageModel, prompts: list) -> dict:
-    chats = [p for p in prompts if not isinstance(p, str)]
-    return {"enable_thinking": THINK.value} if chats and THINK.value is not None else {}
+            ids.append(lm.encode(prompt, enable_thinking=THINK.value))
+        except UserError as error:
+            raise UserError(f"{where}: {error}" if where else str(error)) from error
+    return ids
 
 
 def print_json(lm: LanguageModel, prompts: list, options: dict) -> None:
     """One JSON object a line, in the order of the prompts."""
-    completions = lm.generate(prompts, **options, **_template(lm, prompts))
-    for prompt, done in zip(prompts, completions, strict=True):
+    completions = lm.generate(_encode(lm, prompts), **options)
+    for (_, prompt), done in zip(prompts, completions, strict=True):
         record = {
             "prompt": prompt,
             "text": done.text,
@@ -175,7 +191,7 @@ def print_streams(lm: LanguageModel, prompts: list, options: dict) -> None:
     waiting = [""] * len(prompts)
     finished = [False] * len(prompts)
     current = -1
-    for piece in _with_start(lm.stream(prompts, **options, **_template(lm, prompts))):
+    for piece in _with_start(lm.stream(_encode(lm, prompts), **options)):
         waiting[piece.index] += piece.text
         finished[piece.index] |= piece.finish_reason is not None
         while current < len(prompts) and (current < 0 or finished[current]):
@@ -183,7 +199,7 @@ def print_streams(lm: LanguageModel, prompts: list, options: dict) -> None:
                 _write(waiting[current] + "\n")
             current += 1
             if current < len(prompts) and len(prompts) > 1:
-                _write(f"--- {current + 1} of {len(prompts)}: {_title(prompts[current])}\n")
+                _write(f"--- {current + 1} of {len(prompts)}: {_title(prompts[current][1])}\n")
         if current < len(prompts):
             _write(waiting[current])
             waiting[current] = ""
@@ -225,7 +241,7 @@ def chat(lm: LanguageModel, options: dict) -> None:
             messages.append({"role": "user", "content": line})
             answer = ""
             try:
-                for piece in lm.stream([messages], **options, **_template(lm, [messages])):
+                for piece in lm.stream([messages], **options, enable_thinking=THINK.value):
                     answer += piece.text
                     _write(piece.text)
             except KeyboardInterrupt:

@@ -21,6 +21,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 
 MESH_AXES = ("replica", "data", "model")
+MAX_VIRTUAL_DEVICES = 1024  # beyond them a mistyped mesh would keep the machine busy for minutes
 
 # Letters that are not named here (T, D, H, U, ...) are never sharded.
 AXIS_RULES: dict[str, tuple[str, ...]] = {
@@ -36,7 +37,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 
 def parse_mesh(text: str) -> tuple[int, int, int]:
     """'8x1' -> (1, 8, 1); '2x8x4' -> (2, 8, 4). UserError for anything else."""
-    match = re.fullmatch(r"(?:(\d+)x)?(\d+)x(\d+)", text.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x(\d{1,9})", text.strip())
     shape = tuple(int(n or 1) for n in match.groups()) if match else (0,)
     if 0 in shape:
         raise UserError(f"mesh {text!r} is not a mesh; write DATAxMODEL such as 8x1, or REPLICAxDATAxMODEL such as 2x8x4")
@@ -53,16 +54,31 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
     count = shape[0] * shape[1] * shape[2]
     if devices is None:
         try:
-            if jax.config.jax_num_cpu_devices < count:
+            if jax.config.jax_num_cpu_devices < count <= MAX_VIRTUAL_DEVICES:
                 jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:
             pass  # JAX is running already: what it has is counted below
-        devices = jax.devices()
+        devices = _devices()
     if len(devices) < count:
         kind = devices[0].device_kind
-        hint = "start a new Python process" if devices[0].platform == "cpu" else f"use at most {len(devices)} devices"
+        if devices[0].platform != "cpu":
+            hint = f"use at most {len(devices)} devices"
+        elif count > MAX_VIRTUAL_DEVICES:
+            hint = f"at most {MAX_VIRTUAL_DEVICES} virtual CPU devices are made"
+        else:
+            hint = "start a new Python process"
         raise UserError(f"mesh {text} needs {count} devices, but there are {len(devices)} ({kind}): {hint}")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+
+
+def _devices() -> list[jax.Device]:
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second, with no text, where a platform that was asked for is absent
+        asked = jax.config.jax_platforms
+        where = f"of the platforms {asked} (JAX_PLATFORMS or jax_platforms); leave that unset" if asked else "here"
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"JAX finds no device {where}" + (f": {reason}" if reason else "")) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,6 +157,24 @@ class Sharding:
                 sizes = [s[letters.index(letter)] for s in shapes]
                 replaced[letter] = ("model",) if all(n % self.model == 0 for n in sizes) else ()
         return self.spec(axes, **replaced)
+
+    def fully_sharded(self, spec: P, shape: tuple[int, ...], whole: int = 0) -> P:
+        """`spec` with the data axes that it leaves unused put on the longest dimension they divide (ZeRO-3, FSDP).
+
+        The first `whole` dimensions (stacked units) stay as they are: a scan takes slices along them. What no dimension
+        can be divided by stays replicated.
+        """
+        given = [*spec, *[None] * (len(shape) - len(spec))]
+        entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in given]
+        used = {axis for entry in entries for axis in entry}
+        for axes in (("replica", "data"), ("data",), ("replica",)):
+            free = tuple(a for a in axes if a not in used and self.mesh.shape[a] > 1)
+            ways = _product(self.mesh.shape[a] for a in free)
+            fits = [i for i in range(whole, len(shape)) if not entries[i] and shape[i] % ways == 0]
+            if free and fits:
+                entries[max(fits, key=lambda i: shape[i])] = free
+                break
+        return P(*(entry or None for entry in entries))
 
     def expert_axes(self, *sizes: dict[str, int]) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Mesh axes of (E, F) for expert weights whose dimensions (and block counts) are `sizes`."""

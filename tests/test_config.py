@@ -85,6 +85,14 @@ WRONG = [
     ({}, {"num_experts_per_tok": 9}, r"num_experts_per_tok \(9\)"),
     ({}, {"linear_conv_kernel_dim": 3}, "linear_conv_kernel_dim is 3"),
     ({}, {"rope_parameters": None}, "rope_parameters is None"),
+    ({}, {"rms_norm_eps": float("nan")}, "rms_norm_eps is nan; expected a finite number"),
+    ({}, {"rms_norm_eps": 10**400}, "rms_norm_eps is 10*; expected a finite number"),
+    ({}, {"rms_norm_eps": -1}, "rms_norm_eps is -1.0; it must be above 0"),
+    ({}, {"max_position_embeddings": 0}, "max_position_embeddings is 0; it must be 1 or more"),
+    ({}, {"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
+    ({}, {"head_dim": 10**400}, "head_dim is 10*; expected 0 to 2147483647"),
+    ({}, {"num_hidden_layers": 20_000_000, "layer_types": None}, "num_hidden_layers is 20000000; the most"),
+    ({}, {"num_experts": 20_000_000}, "num_experts is 20000000; the most"),
     ({"quantization_config": {"quant_method": "gptq"}}, {}, "quant_method is 'gptq'"),
     ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}}, {}, "weight_block_size"),
     ({"vision_config": {"depth": 2}}, {}, "vision_config.hidden_size is missing"),
@@ -110,6 +118,9 @@ def test_wrong_fields_are_named(top, text, message):
         ({"mrope_section": [3, 3, 3]}, "mrope_section .* must add up to 8"),
         ({"mrope_interleaved": False}, "mrope_interleaved is False"),
         ({"partial_rotary_factor": 0.01}, "no even width"),
+        ({"partial_rotary_factor": float("inf")}, "partial_rotary_factor is inf; expected a finite number"),
+        ({"partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5; it must be"),
+        ({"rope_theta": 0}, "rope_theta is 0.0; it must be 1 to 1e12"),
     ],
 )
 def test_wrong_rotary_parameters(rope, message):
@@ -127,7 +138,7 @@ def test_missing_fields_do_not_fall_back(field):
         ModelConfig.from_hf(raw)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "\x00"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 100_000, "1" * 5000])
 def test_broken_files(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(UserError, match="config.json"):

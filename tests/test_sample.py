@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,16 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command(*arguments), input=stdin, capture_output=True, text=True, timeout=400, cwd=ROOT)
+
+
+def run_all(cases: list[list[str]], cwd: Path) -> list[subprocess.CompletedProcess]:
+    """Like `run` for each case, but with one start of Python."""
+    program = [sys.executable, "-W", "ignore", "-m", "tests.forked_sample"]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, input=json.dumps(cases), capture_output=True, text=True, timeout=400, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stderr
+    results = zip(cases, json.loads(done.stdout), strict=True)
+    return [subprocess.CompletedProcess(case, *result) for case, result in results]
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +107,44 @@ WRONG = [
     (["--max_new_tokens", "0"], "max_new_tokens"),
     (["--kernels", "magic"], "kernels"),
     (["stray"], "unexpected argument"),
+    (["--checkpoint", "tiny"], "no such directory: ./tiny"),
+    (["--checkpoint", "absent", "--prompt", "-h"], "no such directory: absent"),
+    (["--checkpoint", "0.8b"], "0.8b holds no weights"),
+    (["--checkpoint", "0.8b", "--revision", "abc"], "a revision belongs to a hub id"),
+    (["--checkpoint", ""], "--checkpoint is empty"),
+    (["--prompts_file", ""], "--prompts_file is empty"),
+    (["--profile", ""], "--profile is empty"),
+    (["--profile", "0.8b/config.json"], "--profile 0.8b/config.json cannot be written to"),
+    (["--profile", "0.8b/config.json/x"], "--profile 0.8b/config.json/x cannot be written to"),
+    (["--seed", "99999999999999999999999", "--random_weights"], "seed"),
+    (["--top_k", "99999999999"], "top_k is 99999999999; it must be 0 (off) to 2147483647"),
+    (["--mesh", "100000x1"], "at most 1024 virtual CPU devices"),
+    (["--mesh", "99999999999999999999x1"], "is not a mesh"),
+    (["--prompt", "a\udcff", "--random_weights"], "U+DCFF at character"),
+    (["--random_weights", "--prompts_file", "half.jsonl"], "half.jsonl line 2: the text holds U+D800"),
+    (
+        ["--random_weights", "--prompts_file", "long.jsonl", "--raw"],
+        "long.jsonl line 1: a prompt has 18000 tokens, but the context is 8192",
+    ),
+    (["--prompts_file", "chat.jsonl", "--raw"], "chat.jsonl line 1 has messages, but --raw takes text"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a) for a, _ in WRONG])
-def test_wrong_input_is_one_line_and_a_status(arguments, message):
-    one_line(run(*arguments), message)
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
+    cwd = tmp_path_factory.mktemp("wrong")
+    (cwd / "0.8b").mkdir()
+    shutil.copy(GOLDEN / "config.json", cwd / "0.8b")
+    (cwd / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
+    (cwd / "long.jsonl").write_text(json.dumps({"prompt": "1 " * 9000}))
+    (cwd / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    cases = [arguments for arguments, _ in WRONG]
+    return {" ".join(done.args): done for done in run_all(cases, cwd)}
+
+
+@pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a).encode("ascii", "replace").decode() for a, _ in WRONG])
+def test_wrong_input_is_one_line_and_a_status(refusals, arguments, message):
+    one_line(refusals[" ".join(arguments)], message)
 
 
 def one_line(done: subprocess.CompletedProcess, message: str) -> None:
@@ -109,10 +152,6 @@ def one_line(done: subprocess.CompletedProcess, message: str) -> None:
     assert done.returncode not in (0, None)
     assert len(errors) == 1 and errors[0].startswith("error: "), done.stderr
     assert message in errors[0]
-
-
-def test_prompt_longer_than_the_context():
-    one_line(run("--random_weights", "--raw", "--prompt", "1 " * 9000), "the context is 8192")
 
 
 def test_broken_checkpoints(checkpoint, tmp_path):
@@ -149,3 +188,42 @@ def test_help_names_every_flag_and_exits_well():
     assert done.returncode == 0
     for flag in ("--mesh", "--checkpoint", "--prompt", "--[no]think", "--[no]stats", "--profile"):
         assert flag in done.stdout
+
+
+def test_streams_that_are_closed_or_no_utf8():
+    program = " ".join(command("--random_weights", "--max_new_tokens", "1"))
+
+    def shell(line: str, **options) -> subprocess.CompletedProcess:
+        return subprocess.run(line, shell=True, capture_output=True, timeout=400, cwd=ROOT, **options)
+
+    done = shell(f"{program} --chat <&-")
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+    done = shell(f"{program} --help >&-")
+    assert (done.returncode, done.stderr) == (1, b"error: the output is closed: send it to a file, or to /dev/null\n")
+    done = shell(f"{program} --help > /dev/full")
+    assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
+    done = shell(f"{program} --json --prompt \u00e9", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert json.loads(done.stdout)["prompt"][-1]["content"] == "\u00e9"
+    done = shell(f"{program} --chat", input=b"\xff\n/exit\n")
+    assert done.returncode == 0 and b"error: the text holds U+DCFF" in done.stderr and b"Traceback" not in done.stderr
+
+
+# The first import that takes long brings a Ctrl-C.
+INTERRUPTED_START = """
+import os, runpy, signal, sys
+
+class Interrupt:
+    def find_spec(name, path=None, target=None):
+        if name in ("jax", "numpy", "ml_collections", "etils"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt)
+runpy.run_module(sys.argv[1], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("module", ["sample", "convert", "train"])
+def test_control_c_during_the_imports(module):
+    program = [sys.executable, "-c", INTERRUPTED_START, f"qwen35_jax.{module}"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from qwen35_jax import ModelConfig, UserError
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh, parse_mesh
 
+make_mesh("8x1")  # JAX runs from here on, with the eight devices of all tests: no larger mesh below changes their number
+
 
 @pytest.mark.parametrize(("text", "shape"), [("8x1", (1, 8, 1)), ("1x8", (1, 1, 8)), ("2x2x2", (2, 2, 2)), (" 4x2 ", (1, 4, 2))])
 def test_parse_mesh(text, shape):
@@ -30,6 +32,27 @@ def test_whatever_is_typed_is_a_mesh_or_one_line(text):
 def test_too_few_devices_says_how_many_there_are():
     with pytest.raises(UserError, match="needs 64 devices, but there are 8"):
         make_mesh("64x1")
+
+
+@pytest.mark.parametrize("mesh", ["100000x1", "999999999x999999999x1"])
+def test_far_too_many_devices_are_not_made(mesh):
+    with pytest.raises(UserError, match="there are 8 .cpu.: at most 1024 virtual CPU devices are made"):
+        make_mesh(mesh)
+
+
+@pytest.mark.parametrize("mesh", ["3000000000x1x1", "9" * 5000 + "x1"])
+def test_numbers_that_are_no_sizes(mesh):
+    with pytest.raises(UserError, match="is not a mesh"):
+        make_mesh(mesh)
+
+
+def test_a_platform_that_is_absent(monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(UserError, match="no device of the platforms cpu .JAX_PLATFORMS or jax_platforms"):
+        make_mesh("1x1")
 
 
 def sharding(mesh: str) -> Sharding:

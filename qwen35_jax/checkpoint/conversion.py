@@ -39,7 +39,7 @@ def convert(src: str, dst: str, to: str = "orbax", *, revision: str | None = Non
         to: "orbax": one array per tensor, experts joined per layer, beside the configuration and tokenizer files and a
             record of the source. "hf": the files of the original, byte for byte.
         revision: of a hub id.
-        progress: show a bar on stderr.
+        progress: show a bar, if stderr is a terminal.
 
     A run that was killed is started afresh by the next one. Raises UserError for whatever is wrong with the input, for
     a disk that fills up, and where `dst` exists.
@@ -54,14 +54,17 @@ def convert(src: str, dst: str, to: str = "orbax", *, revision: str | None = Non
     check(canonical, ModelConfig.from_hf(source.config))
     size = sum(_nbytes(spec) for spec in canonical.tensors.values())
     try:
-        with staging(dst) as work, tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=not progress) as bar:
+        with staging(dst) as work:
             _check_space(work.parent, size)
-            if isinstance(source, HuggingFaceSource):
-                _to_orbax(source, canonical, work, bar.update)
-            else:
-                _to_hf(source, canonical, work, bar.update)
-            for file in source.files:
-                (work / file.name).write_bytes(file.read_bytes())
+            hidden = None if progress else True  # None: where stderr is no terminal
+            with tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
+                if isinstance(source, HuggingFaceSource):
+                    _to_orbax(source, canonical, work, bar.update)
+                else:
+                    _to_hf(source, canonical, work, bar.update)
+                for file in source.files:
+                    (work / file.name).write_bytes(file.read_bytes())
+                bar.leave = True  # after a failure it goes: an error is one line
     except UserError:
         raise
     except (OSError, ValueError, RuntimeError) as e:  # TensorStore reports a full disk as a ValueError
@@ -76,7 +79,8 @@ def _check_space(directory: epath.Path, size: int) -> None:
     if is_local(directory):
         free = shutil.disk_usage(directory).free
         if free < size:
-            raise UserError(f"{directory.parent} has {free / 1e9:.1f} GB free, but {size / 1e9:.1f} GB are to be written")
+            have, want = (f"{tqdm.tqdm.format_sizeof(n)}B" for n in (free, size))
+            raise UserError(f"{directory.parent} has {have} free, but {want} are to be written: make room or write elsewhere")
 
 
 def _reason(error: Exception) -> str:

@@ -22,6 +22,7 @@ from qwen35_jax.errors import UserError
 FORMAT = "qwen35_jax converted checkpoint"
 VERSION = 1
 STATE = "state"  # where Orbax puts the tree of a checkpoint
+REMEDY = "convert the checkpoint again"
 CACHE_BYTES = 128 << 20  # so that neighbouring slices of one chunk read it once
 
 
@@ -51,13 +52,13 @@ class Record:
 
     @classmethod
     def read(cls, path: epath.Path) -> Record:
-        raw = read_json(path)
+        raw = read_json(path, REMEDY)
         if raw.get("format") != FORMAT or raw.get("version") != VERSION:
             have = f"format {raw.get('format')!r:.50}, version {raw.get('version')!r:.50}"
             raise UserError(f"{path} says {have}; expected {FORMAT!r}, {VERSION}")
         tensors, headers, index = raw.get("tensors"), raw.get("headers"), raw.get("index")
         if not isinstance(tensors, dict) or not isinstance(headers, dict) or not isinstance(index, str | None):
-            raise UserError(f"{path} is damaged: convert the checkpoint again")
+            raise UserError(f"{path} is damaged: {REMEDY}")
         for name in headers:
             _check_name(name, path)
         shards = {name: parse_header(str(text).encode(), f"{path}: {name}") for name, text in headers.items()}
@@ -66,14 +67,14 @@ class Record:
 
 def _check_name(name: str, path: epath.Path) -> None:
     if not re.fullmatch(r"[\w-][\w.-]*", name, re.ASCII):
-        raise UserError(f"{path} names {name!r:.200}, which is no plain name; convert the checkpoint again")
+        raise UserError(f"{path} names {name!r:.200}, which is no plain name; {REMEDY}")
 
 
 def _stored(name: str, entry: Any, path: epath.Path) -> Stored:
     _check_name(name, path)
     shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape) or entry.get("dtype") not in DTYPES:
-        raise UserError(f"{path} is damaged at tensor {name}: convert the checkpoint again")
+        raise UserError(f"{path} is damaged at tensor {name}: {REMEDY}")
     return Stored(DTYPES[entry["dtype"]], tuple(shape))
 
 
@@ -82,7 +83,7 @@ class OrbaxSource:
 
     def __init__(self, path: epath.PathLike):
         self.directory = epath.Path(path)
-        self.config = read_json(self.directory / "config.json")
+        self.config = read_json(self.directory / "config.json", REMEDY)
         self.files = text_files(self.directory)
         self.record = Record.read(self.directory / RECORD)
         self.tensors: dict[str, Spec] = dict(self.record.tensors)
@@ -115,9 +116,9 @@ class OrbaxSource:
             spec = {"driver": "zarr", "kvstore": place, "fill_missing_data_reads": False}  # a lost chunk is no zeros
             stored = ts.open(spec, context=self._context, open=True, read=True).result()
         except (ValueError, OSError) as e:
-            raise UserError(f"{self.directory}: tensor {name} is missing or damaged ({str(e)[:200]}); convert again") from None
+            raise UserError(f"{self.directory}: tensor {name} is missing or damaged ({str(e)[:200]}); {REMEDY}") from None
         wanted = self.tensors[name]
         if (stored.shape, stored.dtype.numpy_dtype) != (wanted.shape, wanted.dtype):
             have = f"{stored.dtype.name} {list(stored.shape)}"
-            raise UserError(f"{self.directory}: tensor {name} is {have}, not as {RECORD} says; convert again")
+            raise UserError(f"{self.directory}: tensor {name} is {have}, not as {RECORD} says; {REMEDY}")
         return stored

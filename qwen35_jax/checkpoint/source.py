@@ -129,27 +129,28 @@ def text_files(path: epath.Path) -> list[epath.Path]:
     return sorted((p for p in kept if p.name not in skipped and not p.name.startswith(".") and p.is_file()), key=os.fspath)
 
 
-def read_text(path: epath.Path) -> str:
+def read_text(path: epath.Path, remedy: str = "download it again") -> str:
+    """The text of a file. UserError where there is none, and with the remedy where it is not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
         raise UserError(f"no {path.name} in {path.parent}: is this a model directory?") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; download it again") from None
+        raise UserError(f"{path} is not UTF-8 text; {remedy}") from None
 
 
-def parse_json(text: str, path: epath.PathLike) -> Any:
+def parse_json(text: str, path: epath.PathLike, remedy: str = "download it again") -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{path} is not valid JSON ({e}); download it again") from None
+        raise UserError(f"{path} is not valid JSON ({e}); {remedy}") from None
 
 
-def read_json(path: epath.Path) -> dict[str, Any]:
+def read_json(path: epath.Path, remedy: str = "download it again") -> dict[str, Any]:
     """A JSON object from a file. UserError where there is no file, no JSON or no object."""
-    value = parse_json(read_text(path), path)
+    value = parse_json(read_text(path, remedy), path, remedy)
     if not isinstance(value, dict):
-        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")
+        raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object; {remedy}")
     return value
 
 
@@ -171,13 +172,13 @@ def download(repo: str, revision: str | None = None) -> epath.Path:
         raise UserError(f"no directory {repo}, and the Hugging Face hub gave no {repo}{at}: {reason}") from None
 
 
-def check_directory(path: epath.Path) -> bool:
-    """Whether the directory exists. UserError where it is a file or its file system cannot be reached."""
+def check_directory(path: epath.Path, advice: str = "give the directory that holds config.json and the weights") -> bool:
+    """Whether the directory exists. UserError where it is a file (with the advice) or its file system cannot be reached."""
     try:
         if path.is_dir():
             return True
         if is_local(path) and path.exists():
-            raise UserError(f"{path} is a file; give the directory that holds config.json and the weights")
+            raise UserError(f"{path} is a file; {advice}")
         return False
     except (ImportError, OSError, RuntimeError) as e:
         raise UserError(f"cannot read {path}: {str(e).splitlines()[0][:200]}") from None

@@ -1,8 +1,9 @@
 """A directory that is either complete or not there: work happens beside it, and one rename makes it appear.
 
 Locally, `DST.partial/` holds the work and a lock; it is cleared by the next run if a run was killed, and removed by one
-that failed. Object stores cannot rename: there DST itself is written, and an object `DST.partial/lock` stands beside it
-until it is complete (`open_source` refuses DST while it does).
+that failed. Object stores cannot rename: there DST itself is written, and the lock is an object that stands beside it
+until it is complete (`open_source` refuses DST while it does). The lock's name also says that its directory is ours: a
+DST.partial that holds anything else is left alone.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ from qwen35_jax.checkpoint.source import PARTIAL, check_directory
 from qwen35_jax.errors import UserError
 
 WORK = "checkpoint"
-LOCK = "lock"
+LOCK = "qwen35_jax.lock"
+WRITTEN = re.compile(rf"{LOCK}|{WORK}(\.(partial_save|orbax-checkpoint-tmp).*)?")  # the last are Orbax's
 
 
 @contextlib.contextmanager
@@ -29,10 +32,13 @@ def staging(destination: epath.PathLike) -> Iterator[epath.Path]:
     """Yields a path (that does not exist yet) to write into; after the block its contents are at `destination`.
 
     After an exception nothing is at `destination`. UserError where something is there already or another run writes.
+    A relative path is made absolute, and a link leads to what it names.
     """
     destination = epath.Path(destination)
     if not destination.name or destination.name == "..":
         raise UserError(f"{destination} cannot be written: name a new directory")
+    if is_local(destination):  # Orbax takes absolute paths only, and the rename is to meet no link
+        destination = epath.Path(os.path.realpath(destination))
     partial = destination.parent / (destination.name + PARTIAL)
     stage = _local if is_local(destination) else _remote
     with stage(destination, partial) as work:
@@ -42,7 +48,7 @@ def staging(destination: epath.PathLike) -> Iterator[epath.Path]:
 @contextlib.contextmanager
 def _local(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]:
     _refuse_existing(destination)
-    partial.mkdir(parents=True, exist_ok=True)
+    _claim(partial)
     with _locked(partial):
         try:
             _clear(partial)
@@ -63,23 +69,31 @@ def _remote(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path
             if leftover.exists():
                 leftover.rmtree()
     _refuse_existing(destination)
-    partial.mkdir(parents=True, exist_ok=True)
+    _claim(partial)
     (partial / LOCK).write_text(f"{destination} is being written; it is not complete while this object exists\n")
     yield destination  # after an exception the lock stays: what was written is not taken for a checkpoint
     partial.rmtree()
 
 
 def _refuse_existing(destination: epath.Path) -> None:
-    if check_directory(destination) and any(destination.iterdir()):
+    if check_directory(destination, "name a new directory") and any(destination.iterdir()):
         raise UserError(f"{destination} exists already; remove it or name another directory")
+
+
+def _claim(partial: epath.Path) -> None:
+    """Makes the working directory. UserError where what is there already was not made by a conversion."""
+    if partial.exists() and not partial.is_dir():
+        raise UserError(f"{partial} is in the way: it is a file, and a conversion works in a directory there; move it away")
+    partial.mkdir(parents=True, exist_ok=True)
+    names = sorted(p.name for p in partial.iterdir())
+    foreign = [name for name in names if LOCK not in names or not WRITTEN.fullmatch(name)]
+    if foreign:
+        raise UserError(f"{partial} is in the way: it holds {foreign[0]}, which no conversion put there; move it away")
 
 
 @contextlib.contextmanager
 def _locked(partial: epath.Path) -> Iterator[None]:
     """Holds the lock of a working directory; the system releases it when the process dies, however it does."""
-    foreign = [p.name for p in partial.iterdir() if p.name != LOCK and not p.name.startswith(WORK)]
-    if foreign:
-        raise UserError(f"{partial} is in the way: it holds {foreign[0]}, which no conversion put there; move it away")
     with open(partial / LOCK, "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,6 +106,8 @@ def _remove_for_good(partial: epath.Path) -> None:
     """Removes the working directory after a failure, when writes that had begun may still make files in it."""
     absent = 0
     for _ in range(30):
+        with contextlib.suppress(OSError):
+            _clear(partial)  # the lock goes last: should this be killed, the next run knows the rest as ours
         shutil.rmtree(partial, ignore_errors=True)
         absent = 0 if partial.exists() else absent + 1
         if absent == 3:

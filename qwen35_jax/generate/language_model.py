@@ -129,6 +129,8 @@ class LanguageModel:
                 prompt = self.template.render(prompt, enable_thinking=enable_thinking, tools=tools)
             ids = self.tokenizer.encode(prompt)
         else:
+            if not all(isinstance(i, int | np.integer) for i in prompt):
+                raise UserError("a prompt must be a string, a list of token ids (whole numbers) or a list of messages")
             ids = [int(i) for i in prompt]
         if not ids:
             raise UserError("a prompt is empty: give it at least one token")

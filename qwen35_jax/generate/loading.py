@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 
+from etils import epath
+
 from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
 from qwen35_jax.compilation import use_compilation_cache
 from qwen35_jax.config import ASSETS, PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate.language_model import LanguageModel
+from qwen35_jax.generate.sampling import LARGEST_SEED
+from qwen35_jax.generate.steps import MAX_END_TOKENS
 from qwen35_jax.model import Model
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
-from qwen35_jax.text import ChatTemplate, Tokenizer, read_generation_config
+from qwen35_jax.text import ChatTemplate, GenerationConfig, Tokenizer, read_generation_config
 
 TINY = ASSETS / "tiny"
 
@@ -32,21 +36,28 @@ def load(
 
     Args:
         path_or_id_or_preset: a directory (Hugging Face or converted; local or gs://), a hub id such as `Qwen/Qwen3.5-4B`, or a
-            preset's name. `tiny` is the packaged model; every other preset means random weights of that shape.
+            preset's name. `tiny` is the packaged model; every other preset means random weights of that shape. A directory
+            of a preset's name is `./tiny`.
         mesh: DATAxMODEL or REPLICAxDATAxMODEL.
         dtype: of weights and activations, bfloat16 or float32.
         revision: of a Hugging Face id.
         keep_fp8: keep the weights of an FP8 checkpoint as they are stored; without it they are dequantised while loading.
         kernels: auto or xla.
-        seed: of random weights.
+        seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
 
     Raises UserError for whatever is wrong with the input.
     """
     begin = time.perf_counter()
     use_compilation_cache()
-    sharding = Sharding(make_mesh(mesh))
     name, source = path_or_id_or_preset, None
+    if not name:
+        raise UserError("no model is named: give a directory, a hub id or a preset")
+    if name in PRESETS and revision is not None:
+        raise UserError(f"a revision belongs to a hub id, but {name} is a preset; a directory of that name is ./{name}")
+    if not 0 <= seed <= LARGEST_SEED:
+        raise UserError(f"seed is {seed}; it must be 0 to {LARGEST_SEED}")
+    sharding = Sharding(make_mesh(mesh))
     if name in PRESETS and name != "tiny":
         config, directory = ModelConfig.preset(name), TINY
         random_weights = True
@@ -61,18 +72,30 @@ def load(
     check_mesh(config, sharding)
     if keep_fp8 and not random_weights and not config.quantized_source:
         raise UserError(f"keep_fp8: {name} holds no FP8 weights")
+    thinking = bool(config.num_experts) or config.hidden_size > 2048  # 0.8B and 2B answer without thinking by default
+    text = (
+        Tokenizer.from_directory(directory),
+        ChatTemplate.from_directory(directory, thinking_by_default=thinking),
+        _generation_config(directory),
+    )
     config, params = _parameters(config, sharding, kernels, None if random_weights else source, seed)
     model = Model(config, sharding, resolve_forms(sharding.mesh, kernels))
-    thinking = bool(config.num_experts) or config.hidden_size > 2048  # 0.8B and 2B answer without thinking by default
     return LanguageModel(
         model,
         params,
-        Tokenizer.from_directory(directory),
-        ChatTemplate.from_directory(directory, thinking_by_default=thinking),
-        read_generation_config(directory),
+        *text,
         random_weights=random_weights,
         load_seconds=time.perf_counter() - begin,
     )
+
+
+def _generation_config(directory: epath.PathLike) -> GenerationConfig:
+    defaults = read_generation_config(directory)
+    count = len(defaults.eos_token_ids)
+    if count > MAX_END_TOKENS:
+        path = epath.Path(directory) / "generation_config.json"
+        raise UserError(f"{path}: eos_token_id names {count} end tokens; at most {MAX_END_TOKENS} are possible")
+    return defaults
 
 
 def _parameters(config: ModelConfig, sharding: Sharding, kernels: str, source: TensorSource | None, seed: int):

@@ -14,10 +14,12 @@ import numpy as np
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import Sharding
+from qwen35_jax.text.generation_config import LARGEST_FACTOR, LARGEST_ID
 
 # Greedy rows and those with 0 < top_k <= CANDIDATES choose among this many best tokens; others look at the whole vocabulary.
 CANDIDATES = 64
 IN_PROMPT, GENERATED = 1, 2
+LARGEST_SEED = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +36,17 @@ class SamplingParams:
 
     def __post_init__(self):
         checks = (
-            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("temperature", 0 <= self.temperature <= LARGEST_FACTOR, f"0 to {LARGEST_FACTOR}"),
+            ("top_k", 0 <= self.top_k <= LARGEST_ID, f"0 (off) to {LARGEST_ID}"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("min_p", 0 <= self.min_p <= 1, "0 to 1"),
-            ("presence_penalty", abs(self.presence_penalty) < float("inf"), "a finite number"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
+            ("presence_penalty", abs(self.presence_penalty) <= LARGEST_FACTOR, f"-{LARGEST_FACTOR} to {LARGEST_FACTOR}"),
+            ("repetition_penalty", 0 < self.repetition_penalty <= LARGEST_FACTOR, f"above 0 and at most {LARGEST_FACTOR}"),
+            ("seed", 0 <= self.seed <= LARGEST_SEED, f"0 to {LARGEST_SEED}"),
         )
         for name, good, accepted in checks:
             if not good:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be {accepted}")
+                raise UserError(f"{name} is {getattr(self, name)!r:.60}; it must be {accepted}")
 
 
 CONTROL_DTYPES = {

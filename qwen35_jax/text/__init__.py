@@ -9,6 +9,7 @@ from qwen35_jax.text.generation_config import (
     sampling_preset,
 )
 from qwen35_jax.text.messages import normalise_messages, normalise_tools
+from qwen35_jax.text.prompts import read_prompts
 from qwen35_jax.text.streaming import StopStrings, StreamDecoder
 from qwen35_jax.text.tokenizer import Tokenizer
 
@@ -24,5 +25,6 @@ __all__ = [
     "normalise_messages",
     "normalise_tools",
     "read_generation_config",
+    "read_prompts",
     "sampling_preset",
 ]

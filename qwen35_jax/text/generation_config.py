@@ -1,7 +1,6 @@
 """How a checkpoint wants to be sampled: generation_config.json, and the model card's settings by name."""
 
 import dataclasses
-import math
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +9,9 @@ from etils import epath
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import files
+
+LARGEST_ID = 2**31 - 1  # token ids are int32 on the devices, and so is top_k
+LARGEST_FACTOR = 1_000_000  # of temperature and penalties: beyond any use, and far from what float32 cannot hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,22 +92,26 @@ def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_id(value: Any) -> bool:
+    return _is_int(value) and 0 <= value <= LARGEST_ID
+
+
 def _is_number(value: Any) -> bool:
-    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+    return (_is_int(value) or isinstance(value, float)) and abs(value) <= LARGEST_FACTOR  # NaN is not
 
 
 # field -> (what is accepted, in words; the test)
 _ACCEPTED = types.MappingProxyType(
     {
         "do_sample": ("true or false", lambda v: isinstance(v, bool)),
-        "temperature": ("a number of at least 0", lambda v: _is_number(v) and v >= 0),
-        "top_k": ("a whole number of at least 0", lambda v: _is_int(v) and v >= 0),
+        "temperature": (f"a number from 0 to {LARGEST_FACTOR}", lambda v: _is_number(v) and v >= 0),
+        "top_k": (f"a whole number from 0 to {LARGEST_ID}", _is_id),
         "top_p": ("a number above 0, at most 1", lambda v: _is_number(v) and 0 < v <= 1),
         "min_p": ("a number from 0 to 1", lambda v: _is_number(v) and 0 <= v <= 1),
-        "presence_penalty": ("a number", _is_number),
-        "repetition_penalty": ("a number above 0", lambda v: _is_number(v) and v > 0),
-        "pad_token_id": ("a token id", lambda v: _is_int(v) and v >= 0),
-        "bos_token_id": ("a token id", lambda v: _is_int(v) and v >= 0),
+        "presence_penalty": (f"a number from -{LARGEST_FACTOR} to {LARGEST_FACTOR}", _is_number),
+        "repetition_penalty": (f"a number above 0, at most {LARGEST_FACTOR}", lambda v: _is_number(v) and v > 0),
+        "pad_token_id": ("a token id", _is_id),
+        "bos_token_id": ("a token id", _is_id),
     }
 )
 
@@ -119,6 +125,6 @@ def _checked(path: epath.Path, name: str, value: Any) -> Any:
 
 def _token_ids(path: epath.Path, value: Any) -> tuple[int, ...]:
     ids = value if isinstance(value, list) else [value]
-    if not all(_is_int(i) and i >= 0 for i in ids):
+    if not all(map(_is_id, ids)):
         raise UserError(f"{path}: eos_token_id is {value!r}, but a token id or a list of them is expected")
     return tuple(ids)

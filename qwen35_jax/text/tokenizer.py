@@ -53,7 +53,15 @@ class Tokenizer:
             raise UserError(f"{path}: {error}") from error
 
     def encode(self, text: str) -> list[int]:
-        """The ids of `text`. Names of added tokens (`<|im_start|>` …) become those tokens; nothing is put in front."""
+        """The ids of `text`. Names of added tokens (`<|im_start|>` …) become those tokens; nothing is put in front.
+
+        Raises UserError for lone surrogates: Python puts them where bytes are not UTF-8, and JSON can spell them.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            bad = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+            raise UserError(f"the text holds {bad}, which is no character: write it in UTF-8") from error
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,11 +92,12 @@ def test_what_cannot_be_converted(tmp_path):
     refused("is a converted checkpoint already; convert it --to hf", out, str(tmp_path / "x"))
     refused("cannot convert to 'gguf'", out, str(tmp_path / "x"), "gguf")
     refused("no such directory", str(tmp_path / "none"), str(tmp_path / "x"))
-    refused("is a file", str(original), str(original / "config.json"))
-    (tmp_path / "y.partial").mkdir()
-    (tmp_path / "y.partial" / "thesis.txt").write_text("mine")
-    refused("thesis.txt, which no conversion put there", str(original), str(tmp_path / "y"))
-    assert (tmp_path / "y.partial" / "thesis.txt").exists()
+    refused("is a file; name a new directory", str(original), str(original / "config.json"))
+    refused("is a file; give the directory that holds", str(original / "config.json"), str(tmp_path / "x"))
+    (tmp_path / "z.partial").write_text("mine")
+    refused("z.partial is in the way: it is a file", str(original), str(tmp_path / "z"))
+    (tmp_path / "orbax" / "source.json").write_text("{")
+    refused("source.json is not valid JSON .*; convert the checkpoint again", out, str(tmp_path / "x"), "hf")
     del tensors["model.language_model.norm.weight"]
     broken = write(tmp_path / "broken", config, tensors)
     refused("1 missing: model.language_model.norm.weight", str(broken), str(tmp_path / "x"))
@@ -104,10 +106,38 @@ def test_what_cannot_be_converted(tmp_path):
     convert(str(original), str(tmp_path / "empty"), progress=False)
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "lock", "checkpoint", "checkpoint-500", "checkpoint.partial_save"])
+@pytest.mark.parametrize("ours", [False, True])
+def test_files_of_others_are_left_alone(tmp_path, name, ours):
+    """Beside our lock a conversion may have left what has its names; without it nothing there is ours."""
+    partial = tmp_path / "out.partial"
+    (partial / name).mkdir(parents=True)
+    (partial / name / "weights").write_text("mine")
+    if ours:
+        (partial / staging.LOCK).touch()
+    if ours and name in ("checkpoint", "checkpoint.partial_save"):
+        with staging.staging(tmp_path / "out") as work:
+            work.mkdir()
+        return
+    with pytest.raises(UserError, match=f"holds {name}, which no conversion put there"), staging.staging(tmp_path / "out"):
+        pass
+    assert (partial / name / "weights").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_links_lead_to_what_they_name(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for link, target in (("a", "empty"), ("b", "absent")):
+        (tmp_path / link).symlink_to(target)
+        with staging.staging(tmp_path / link) as work:
+            work.mkdir()
+            (work / "x").touch()
+        assert (tmp_path / link).is_symlink() and (tmp_path / target / "x").exists()
+
+
 def test_no_space(tmp_path, monkeypatch):
     original = write(tmp_path / "hf", hf_config(), canonical_tensors(hf_config()))
     monkeypatch.setattr(conversion.shutil, "disk_usage", lambda path: type("", (), {"free": 1000}))
-    with pytest.raises(UserError, match="GB free, but"):
+    with pytest.raises(UserError, match="has 1.00kB free, but [0-9.]+kB are to be written"):
         convert(str(original), str(tmp_path / "out"), progress=False)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
@@ -179,18 +209,22 @@ def test_command_line(tmp_path):
     commands = {
         ("--nonsense", "a", "b"): "error: Unknown command line flag 'nonsense'",
         ("only",): "error: expected SRC and DST",
-        (str(original), str(tmp_path / "orbax")): "",
+        ("", "b"): "error: SRC is empty",
+        (original.name, "orbax"): "",
     }
     run = [sys.executable, "-m", "qwen35_jax.convert"]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
-    processes = {args: subprocess.Popen([*run, *args], **pipes) for args in commands}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    place = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    processes = {args: subprocess.Popen([*run, *args], **pipes, **place) for args in commands}
     for args, process in processes.items():
         out, err = process.communicate(timeout=120)
         message = commands[args]
         assert (process.returncode != 0) == bool(message), (args, err)
         if message:
             assert err.startswith(message) and err.count("\n") == 1 and not out, (args, err)
-    assert "100%" in err and (tmp_path / "orbax" / "source.json").exists()
+    assert not err, "no bar where there is no terminal"
+    assert subprocess.run([*run, "orbax", "back", "--to", "hf"], timeout=120, **place).returncode == 0
+    assert _same(original, tmp_path / "back")
 
 
 def test_the_export_is_what_the_reference_reads(tmp_path):

@@ -14,6 +14,15 @@ from qwen35_jax.generate.sampling import GENERATED, IN_PROMPT, control_arrays, s
 from qwen35_jax.sharding import Sharding, make_mesh
 
 ROWS, VOCABULARY = 8, 512
+WRONG = {
+    "temperature": [-1.0, 10**400, float("nan")],
+    "top_k": [-1, 99999999999],
+    "top_p": [0, 2.0],
+    "min_p": [-0.1],
+    "presence_penalty": [float("inf"), -1e300],
+    "repetition_penalty": [0, 1e39],
+    "seed": [-1, 2**32],
+}
 SHARDINGS = {mesh: Sharding(make_mesh(mesh)) for mesh in ("1x1", "1x8", "2x2x2")}
 SAMPLERS = {
     mesh: jax.jit(lambda logits, seen, step, controls, s=s: sample(logits, seen, step, controls, VOCABULARY - 12, s))
@@ -139,3 +148,9 @@ def test_top_candidates_are_the_sorted_best(mesh):
 def test_impossible_settings_are_named(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_values_out_of_range(name, value):
+    with pytest.raises(UserError, match=f"{name} is .{{1,60}}; it must be"):
+        SamplingParams(**{name: value})

@@ -41,6 +41,8 @@ def test_all_fields(tmp_path):
         ("top_p", 0), ("top_p", 1.5), ("min_p", -0.1), ("min_p", [0.1]), ("presence_penalty", {}),
         ("repetition_penalty", 0), ("pad_token_id", "x"), ("pad_token_id", -1), ("bos_token_id", [1]),
         ("eos_token_id", "x"), ("eos_token_id", [1, "x"]), ("eos_token_id", [True]), ("eos_token_id", -1),
+        ("temperature", 10**40), ("top_k", 2**40), ("presence_penalty", -1e300), ("repetition_penalty", 1e39),
+        ("eos_token_id", [1, 2**40]), ("bos_token_id", 2**31),
     ],
 )  # fmt: skip
 def test_wrong_values(field, value, tmp_path):

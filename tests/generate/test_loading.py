@@ -1,0 +1,44 @@
+"""`load` refuses what it cannot use before it reads weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import qwen35_jax
+from qwen35_jax import UserError
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("", {}, "no model is named"),
+        ("tiny", {"revision": "main"}, r"tiny is a preset; a directory of that name is \./tiny"),
+        ("./tiny", {}, "no such directory: ./tiny"),
+        ("tiny", {"seed": 10**23, "random_weights": True}, "seed is 1"),
+        ("tiny", {"seed": -1}, "seed is -1"),
+    ],
+)
+def test_wrong_arguments(tmp_path, monkeypatch, name, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        qwen35_jax.load(name, **options)
+
+
+def test_end_tokens_are_counted(tmp_path):
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(9))}))
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id names 9 end tokens; at most 8"):
+        qwen35_jax.load(str(tmp_path))
+
+
+def test_names_are_imported_when_they_are_used():
+    assert set(qwen35_jax.__all__) <= set(dir(qwen35_jax))
+    assert all(getattr(qwen35_jax, name).__name__ == name for name in qwen35_jax.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'loud'"):
+        qwen35_jax.loud  # noqa: B018
