@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 
+import jax
 import pytest
 
 from tests.aot.devices import TARGETS
@@ -14,32 +15,32 @@ from tests.aot.run import Case, compile_elsewhere
 MIB = 2**20
 NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 
-# The ceiling after each case is MiB of temporaries per device, about a tenth above what was measured. A step needs
-# about a unit's weights and activations; the rest are weights that XLA copies into another tiling once per call, of
-# which tpu7x does most.
+# The ceilings after each case are MiB of temporaries per device, about a tenth above what was measured: with jax 0.10.2,
+# and with 0.12 where that needs more. A step needs about a unit's weights and activations; the rest are weights that XLA
+# copies into another tiling once per call, of which tpu7x does most. On GPUs jax 0.12 needs about a unit's weights more.
 CASES = [
     (Case("v5e", "2x4", "0.8b", "decode"), 6),
     (Case("v6e", "2x4", "0.8b", "decode"), 22),
     (Case("v5p", "2x4", "0.8b", "decode"), 125),
     (Case("tpu7x", "2x4", "0.8b", "decode"), 510),
-    (Case("h100", "2x4", "0.8b", "decode"), 30),
-    (Case("h200", "2x4", "0.8b", "decode"), 30),
+    (Case("h100", "2x4", "0.8b", "decode"), 30, 52),
+    (Case("h200", "2x4", "0.8b", "decode"), 30, 52),
     (Case("v5e", "2x4", "0.8b", "prefill", length=128), 6),
     (Case("v5p", "2x4", "0.8b", "prefill", length=128), 56),
     (Case("tpu7x", "2x4", "0.8b", "prefill", length=128), 190),
-    (Case("h100", "2x4", "0.8b", "prefill", length=128), 48),
+    (Case("h100", "2x4", "0.8b", "prefill", length=128), 48, 65),
     (Case("v5e", "2x4", "35b-a3b", "decode"), 1320),
     (Case("v6e", "2x4", "35b-a3b", "decode"), 600),
     (Case("v5p", "2x4", "35b-a3b", "decode"), 630),
     (Case("tpu7x", "2x4", "35b-a3b", "decode"), 10600),
-    (Case("h100", "2x4", "35b-a3b", "decode"), 190),
-    (Case("h200", "2x4", "35b-a3b", "decode"), 190),
+    (Case("h100", "2x4", "35b-a3b", "decode"), 190, 950),
+    (Case("h200", "2x4", "35b-a3b", "decode"), 190, 950),
     (Case("v5e", "2x4", "35b-a3b", "prefill", length=128), 960),
-    (Case("h100", "2x4", "35b-a3b", "prefill", length=128), 420),
+    (Case("h100", "2x4", "35b-a3b", "prefill", length=128), 420, 1040),
     (Case("v5p-64", "4x16", "397b-a17b", "decode"), 880),
-    (Case("h200", "2x4", "397b-a17b", "decode"), 1250),
-    (Case("h100-2", "4x4", "397b-a17b", "decode"), 670),
-    (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 950),
+    (Case("h200", "2x4", "397b-a17b", "decode"), 1250, 7100),
+    (Case("h100-2", "4x4", "397b-a17b", "decode"), 670, 3750),
+    (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 950, 3450),
     (Case("tpu7x", "2x4", "397b-a17b", "decode", fp8=True), 17900),
 ]
 SLOW = [
@@ -67,11 +68,11 @@ def _expected(case: Case, experts: bool, layers: int) -> dict[str, int]:
 
 def _parameters():
     for cases, marks in ((CASES, ()), (SLOW, pytest.mark.slow)):
-        yield from (pytest.param(case, ceiling, id=_name(case), marks=marks) for case, ceiling in cases)
+        yield from (pytest.param(case, ceilings, id=_name(case), marks=marks) for case, *ceilings in cases)
 
 
-@pytest.mark.parametrize(("case", "ceiling"), _parameters())
-def test_compiles(case, ceiling):
+@pytest.mark.parametrize(("case", "ceilings"), list(_parameters()))
+def test_compiles(case, ceilings):
     target = TARGETS[case.target]
     if importlib.util.find_spec(NEEDS[target.platform]) is None:
         pytest.skip(f"{NEEDS[target.platform]} is not installed: pip install -e '.[test,aot]'")
@@ -79,6 +80,7 @@ def test_compiles(case, ceiling):
     summary = {k: v for k, v in result.items() if k != "collectives"}
     print(_name(case), summary)
     assert result["total_bytes"] < target.hbm * 0.95, summary
+    ceiling = ceilings[-1 if jax.__version_info__ >= (0, 12) else 0]
     assert result["temporary_bytes"] < ceiling * MIB, summary
     _check_collectives(case, result)
 

@@ -1,0 +1,50 @@
+"""Command line of training. `python -m qwen35_jax.train --help`."""
+
+from __future__ import annotations
+
+from qwen35_jax import command
+
+if __name__ == "__main__":
+    command.quiet_interrupts()
+
+import sys
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.train.loop import Interrupted, train
+
+USAGE = """
+Trains a model: from random weights, or further from a checkpoint; all of it, parts of it, or with LoRA.
+
+  python -m qwen35_jax.train --config configs/NAME.py --workdir DIR
+  python -m qwen35_jax.train --config configs/NAME.py --workdir DIR --config.steps=100 --config.mesh=2x4 --export_hf OUT
+
+The same command goes on from the newest checkpoint in DIR. All fields of a configuration, with their defaults, are in
+qwen35_jax/train/config.py.
+"""
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config(); --config.FIELD=VALUE changes a field")
+WORKDIR = flags.DEFINE_string("workdir", None, "directory for checkpoints and metrics; local or gs://")
+EXPORT_HF = flags.DEFINE_string("export_hf", None, "write the trained model here as a Hugging Face directory; local or gs://")
+PROFILE = flags.DEFINE_string("profile", None, "write a jax.profiler trace of three steps to this directory")
+
+
+def main(arguments: list[str]) -> None:
+    """Flags to one call."""
+    if arguments:
+        raise UserError(f"unexpected argument {arguments[0]!r}; see --help")
+    for flag in (CONFIG, WORKDIR):
+        if flag.value is None:
+            raise UserError(f"--{flag.name} is missing; see --help")
+    logging.set_verbosity(logging.WARNING)
+    try:
+        train(CONFIG.value, WORKDIR.value, export_dir=EXPORT_HF.value, profile_dir=PROFILE.value)
+    except Interrupted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        raise SystemExit(128 + stop.number) from None
+
+
+if __name__ == "__main__":
+    command.run(main, USAGE)

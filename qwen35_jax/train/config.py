@@ -1,0 +1,121 @@
+"""The run configuration: every field with its default and its meaning. Files in `configs/` start from it and change a few."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from qwen35_jax.errors import UserError
+
+
+def default_config() -> ConfigDict:
+    """All fields of a training run. Unknown fields are errors, on the command line too (`--config.steps=100`)."""
+    c = ConfigDict()
+    c.mesh = "1x1"  # DATAxMODEL or REPLICAxDATAxMODEL
+    c.steps = 1000  # optimizer steps
+    c.seed = 0  # of random weights and of LoRA
+    c.dtype = "bfloat16"  # of the computation; trained parameters are float32
+    c.kernels = "auto"
+    c.remat = "full"  # what the backward pass computes again: full (all but the units' inputs) | dots (all but products) | none
+    c.accumulate = 1  # parts of a batch that are run one after the other
+    c.stop_after_skipped = 10  # end the run after so many steps in a row without a finite loss and gradient
+
+    c.model = ConfigDict()
+    c.model.source = "tiny"  # a preset's name, a directory or a hub id
+    c.model.revision = ""  # of a hub id
+    c.model.random_weights = False  # random numbers in place of the stored ones
+    c.model.changes = ConfigDict()  # other values for fields of ModelConfig; needs random_weights
+    c.model.tokenizer = ""  # directory of tokenizer and chat template; default: the source's
+
+    c.data = ConfigDict()
+    c.data.train = ()  # files or globs of JSONL: {"text": …} or {"messages": […], "tools": […]}
+    c.data.eval = ()
+    c.data.sequence_length = 1024
+    c.data.batch_size = 8  # sequences of one optimizer step, over all devices and hosts
+    c.data.loss_on = "assistant"  # assistant | all: which tokens of a chat are trained on
+    c.data.enable_thinking = None  # None: as the chat template has it
+    c.data.bad_lines = "stop"  # stop | skip
+    c.data.shuffle_seed = 0
+    c.data.epochs = 0  # 0: as many as `steps` asks for
+
+    c.loss = ConfigDict()
+    c.loss.balance = -1.0  # coefficient of the experts' load balancing; below 0: router_aux_loss_coef of the model
+    c.loss.mtp = 0.1  # weight of the multi-token-prediction loss, for models that have the layer
+    c.loss.z = 0.0  # coefficient of the squared log of the softmax's sum
+
+    c.optimizer = ConfigDict()
+    c.optimizer.name = "adamw"  # adamw | muon
+    c.optimizer.learning_rate = 3e-4
+    c.optimizer.schedule = "cosine"  # cosine | wsd | constant, after the warm-up
+    c.optimizer.warmup_steps = 100
+    c.optimizer.decay_fraction = 0.2  # wsd: the last part of the steps
+    c.optimizer.final_fraction = 0.1  # of the learning rate, at the end
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.95
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.1  # of matrices
+    c.optimizer.clip_norm = 1.0  # of the gradient; 0: off
+    c.optimizer.muon_b1 = 0.95
+    c.optimizer.muon_learning_rate = 0.0  # muon: of its matrices; 0: learning_rate
+
+    c.freeze = ()  # regular expressions over parameter paths such as units/layers/0/mixer/q: these are not trained
+    c.lora = ConfigDict()
+    c.lora.rank = 0  # 0: off, all of the model is trained
+    c.lora.alpha = 16.0
+    c.lora.match = (r"mixer/(q|k|v|z|q_gate|out)$", r"mlp/")  # the matrices that get an update of low rank
+
+    c.fp8 = ConfigDict()
+    c.fp8.enabled = False  # block-scaled FP8 products in the layers that FP8 checkpoints quantise
+    c.fp8.hold = ()  # regular expressions of paths that stay in `dtype`
+    c.fp8.monitor_every = 0  # steps between records of each layer's quantisation error; 0: never
+
+    c.eval_every = 0  # steps; 0: only at the end
+    c.log_every = 10
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 500  # steps; there is one at the end too
+    c.checkpoint.keep_last = 2
+    c.checkpoint.keep_best = 0
+    c.checkpoint.best_metric = "eval/loss"
+    return c
+
+
+def check_config(c: ConfigDict) -> None:
+    """UserError for values outside what their fields accept."""
+    choices = {
+        "remat": ("full", "dots", "none"),
+        "dtype": ("bfloat16", "float32"),
+        "data.loss_on": ("assistant", "all"),
+        "data.bad_lines": ("stop", "skip"),
+        "optimizer.name": ("adamw", "muon"),
+        "optimizer.schedule": ("cosine", "wsd", "constant"),
+    }
+    for field, accepted in choices.items():
+        if _get(c, field) not in accepted:
+            raise UserError(f"config.{field} is {_get(c, field)!r}; accepted are {', '.join(accepted)}")
+    at_least_one = ("steps", "accumulate", "stop_after_skipped", "log_every", "data.sequence_length", "data.batch_size")
+    at_least_one += ("checkpoint.every", "checkpoint.keep_last")
+    for field in at_least_one:
+        if _get(c, field) < 1:
+            raise UserError(f"config.{field} is {_get(c, field)}; it must be at least 1")
+    at_least_zero = ("seed", "data.epochs", "loss.mtp", "loss.z", "lora.rank", "fp8.monitor_every", "eval_every")
+    at_least_zero += ("checkpoint.keep_best",)
+    for field in at_least_zero:
+        if _get(c, field) < 0:
+            raise UserError(f"config.{field} is {_get(c, field)}; it must not be negative")
+    if c.data.batch_size % c.accumulate:
+        raise UserError(f"config.data.batch_size ({c.data.batch_size}) must be a multiple of accumulate ({c.accumulate})")
+    if not c.data.train:
+        raise UserError("config.data.train names no files: give JSONL files, such as --config.data.train='(\"mine.jsonl\",)'")
+    if c.model.changes and not c.model.random_weights:
+        raise UserError("config.model.changes makes another model, which has no stored weights: set config.model.random_weights")
+    if c.checkpoint.keep_best and not c.data.eval and c.checkpoint.best_metric.startswith("eval/"):
+        raise UserError("config.checkpoint.keep_best compares evaluations: name files in config.data.eval")
+    if c.fp8.monitor_every and not c.fp8.enabled:
+        raise UserError("config.fp8.monitor_every records the errors of FP8 layers: set config.fp8.enabled")
+    if c.lora.rank and (c.freeze or c.fp8.enabled):
+        raise UserError("config.lora trains nothing but its own matrices: it goes with neither freeze nor fp8.enabled")
+
+
+def _get(c: ConfigDict, field: str):
+    for name in field.split("."):
+        c = c[name]
+    return c

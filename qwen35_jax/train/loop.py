@@ -1,0 +1,303 @@
+"""The training loop: batches through the compiled step, with checkpoints, evaluations and metrics, until it is done."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from qwen35_jax.checkpoint import check_export_target, export_hf
+from qwen35_jax.compilation import use_compilation_cache
+from qwen35_jax.errors import UserError
+from qwen35_jax.train.checkpoints import Checkpoints
+from qwen35_jax.train.config import check_config
+from qwen35_jax.train.data import TrainData, make_data
+from qwen35_jax.train.metrics import MetricsWriter, device_memory, flops_per_token, mfu
+from qwen35_jax.train.run import Run, find_origin, initial_state, make_run
+
+PROFILED_STEPS = (3, 6)  # from the third step of this process on: the first ones wait for compilation and data
+
+
+class Interrupted(Exception):
+    """The run was told to end by this signal, and has saved its state."""
+
+    def __init__(self, number: int, step: int):
+        super().__init__(f"{signal.Signals(number).name} after step {step}; the same command goes on from there")
+        self.number = number
+
+
+def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, profile_dir: str | None = None) -> dict[str, float]:
+    """Runs `config` to its last step, from the newest checkpoint in `workdir` if there is one.
+
+    Args:
+        config: see `train.config.default_config`.
+        workdir: for checkpoints, metrics.jsonl and TensorBoard; local or gs://.
+        export_dir: where the trained model goes as a Hugging Face directory; it must not exist.
+        profile_dir: for a jax.profiler trace of three steps.
+
+    Returns the last metrics. Raises UserError for wrong input, and where too many steps in a row had no finite loss or
+    gradient; Interrupted after SIGTERM or SIGINT. In both cases the last checkpoint stands.
+    """
+    check_config(config)
+    if export_dir:
+        check_export_target(export_dir)
+    use_compilation_cache()
+    origin = find_origin(config)
+    run = make_run(config, origin)
+    tokenizer, template = run.tokenizer(), run.template()
+    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    data = make_data(config.data, tokenizer, template, **shares)
+    evaluation = make_data(config.data, tokenizer, template, train=False, **shares) if config.data.eval else None
+    record = {"config": json.loads(config.to_json()), "seed": config.seed}
+    saved = config.checkpoint
+    with (
+        contextlib.closing(data),
+        Checkpoints(workdir, **saved, run=record) as checkpoints,
+        contextlib.closing(MetricsWriter(workdir)) as writer,
+        _signals() as told,
+    ):
+        loop = _Loop(run, data, evaluation, checkpoints, writer, told)
+        loop.begin()
+        metrics = loop.run_steps(profile_dir)
+    if export_dir:
+        _export(run, loop.state, export_dir)
+    return metrics
+
+
+class _Loop:
+    """One run on its way. `state` is the train state after `step` steps."""
+
+    def __init__(self, run: Run, data: TrainData, evaluation: TrainData | None, checkpoints, writer, told: list[int]):
+        self.run, self.config, self.data = run, run.config, data
+        self.checkpoints, self.writer, self.told = checkpoints, writer, told
+        self.evaluation = evaluation
+        self.first_evaluation = evaluation.get_state() if evaluation else None
+        self.state: dict[str, Any] = {}
+        self.step = 0
+        self.metrics: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """The state to start from: the newest checkpoint's, or a new one."""
+        if self.checkpoints.latest is None:
+            self.state = initial_state(self.run)
+        else:
+            self.step, self.state, position = self.checkpoints.restore(self.run.state)
+            self.data.set_state(position)
+            self._say(f"resumed from the checkpoint of step {self.step}")
+            self._say_changes(self.checkpoints.stored_run(self.step)["config"])
+        self.writer.truncate(self.step)
+
+    def run_steps(self, profile_dir: str | None) -> dict[str, float]:
+        """Trains to the last step and returns the last metrics."""
+        config, last = self.config, self.config.steps
+        if self.step >= last:
+            self._say(f"nothing to do: the checkpoint is of step {self.step} of {last}")
+            return self.metrics
+        train_step = self._compiled(self.run.train_step)
+        eval_step = self._compiled(self.run.eval_step) if self.evaluation else None
+        every = config.fp8.monitor_every
+        monitor = self._compiled(self.run.monitor_step) if every else None
+        meter, previous = _Meter(self.run), None
+        with _profiler(profile_dir) as profile:
+            while self.step < last and not self.told:
+                batch = self._next_batch(config.accumulate)
+                if batch is None:
+                    break
+                profile(self.step)
+                if monitor and self.step % every == 0:
+                    self._record_fp8(monitor, batch)
+                self.state, metrics = train_step(self.state, batch)
+                self.step += 1
+                self._check_finite(previous)  # of the step before: its numbers are there already
+                previous = metrics
+                meter.add(metrics)
+                if self.step % config.log_every == 0 or self.step == last:
+                    self._log(meter.take())
+                self._after_step(eval_step, self.step == last)
+        self._check_finite(previous)
+        return self._finish()
+
+    def _after_step(self, eval_step: Callable | None, last: bool) -> None:
+        """Evaluation and checkpoint, where this step is due one."""
+        config, due = self.config, self.checkpoints.should_save(self.step)
+        every = config.eval_every
+        if eval_step and (last or (every and self.step % every == 0) or (due and config.checkpoint.keep_best)):
+            found = self._evaluate(eval_step)
+            self.metrics |= found
+            self.writer.write(self.step, found)
+            self._say(f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        if due or last:
+            self._save()
+
+    def _finish(self) -> dict[str, float]:
+        if self.told:
+            self._save()
+            self.checkpoints.wait()
+            raise Interrupted(self.told[0], self.step)
+        if self.step < self.config.steps:
+            self._say(f"the data ended after {self.config.data.epochs} epochs, at step {self.step}")
+            self._save()
+        self.checkpoints.wait()
+        return self.metrics
+
+    def _save(self) -> None:
+        if self.checkpoints.save(self.step, self.state, self.data.get_state(), self.metrics, force=True):
+            self._say(f"step {self.step}  checkpoint")
+
+    def _next_batch(self, parts: int) -> dict | None:
+        batch = next(self.data, None)
+        return None if batch is None else self._placed(batch, parts)
+
+    def _placed(self, batch: dict[str, np.ndarray], parts: int = 1) -> dict[str, jax.Array]:
+        def put(x: np.ndarray) -> jax.Array:
+            axes = "B T" if parts == 1 else "X B T"
+            sharding = self.run.model.sharding
+            place = jax.sharding.NamedSharding(sharding.mesh, sharding.spec(axes))
+            x = x if parts == 1 else x.reshape(parts, -1, x.shape[-1])
+            return jax.make_array_from_process_local_data(place, x)
+
+        return {name: put(x) for name, x in batch.items()}
+
+    def _evaluate(self, eval_step: Callable) -> dict[str, float]:
+        """The losses over all of the evaluation data."""
+        self.evaluation.set_state(self.first_evaluation)
+        totals: dict[str, float] = {}
+        for batch in self.evaluation:
+            sums = eval_step(self.state["params"], self.state["frozen"], self._placed(batch))
+            for name, value in jax.device_get(sums).items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        if not totals.get("weight"):
+            raise UserError("the evaluation data has no tokens with a weight: look at config.data.eval and loss_on")
+        result = {"eval/loss": totals["nll"] / totals["weight"]}
+        if totals.get("mtp_weight"):
+            result["eval/mtp_loss"] = totals["mtp_nll"] / totals["mtp_weight"]
+        return result
+
+    def _record_fp8(self, monitor: Callable, batch: dict) -> None:
+        """Each layer's quantisation errors on this batch: the largest over its units to the metrics."""
+        found = jax.device_get(monitor(self.state["params"], self.state["frozen"], batch))
+        self.writer.write(
+            self.step, {f"fp8/{path}/{name}": float(np.max(x)) for path, row in found.items() for name, x in row.items()}
+        )
+
+    def _check_finite(self, metrics: dict | None) -> None:
+        if metrics is None or float(metrics["skipped_in_a_row"]) < self.config.stop_after_skipped:
+            return
+        count, saved = int(metrics["skipped_in_a_row"]), self.checkpoints.latest
+        where = f"the last good checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
+        advice = "lower the learning rate or look at the data"
+        raise UserError(f"{count} steps in a row had no finite loss or gradient, and changed nothing; {where}: {advice}")
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        metrics |= {"data/bad_lines": self.data.bad_lines, "data/truncated": self.data.truncated}
+        self.metrics |= metrics
+        self.writer.write(self.step, metrics)
+        self.writer.report(self.step, self.config.steps, metrics)
+
+    def _compiled(self, make: Callable) -> Callable:
+        begin = time.perf_counter()
+        compiled = make().compile()
+        self._say(f"compiled {make.__name__} in {time.perf_counter() - begin:.1f} s")
+        return compiled
+
+    def _say_changes(self, stored: dict) -> None:
+        """Fields in which this run's configuration is not that of the checkpoint."""
+        mine = _flat(json.loads(self.config.to_json()))
+        changed = [name for name, value in _flat(stored).items() if mine.get(name) != value]
+        if changed:
+            self._say(f"note: the configuration differs from the checkpoint's in {', '.join(changed)}")
+
+    def _say(self, text: str) -> None:
+        if jax.process_index() == 0:
+            print(text, file=sys.stderr, flush=True)
+
+
+class _Meter:
+    """Metrics between two log lines: losses are means over them, the others those of the last step."""
+
+    def __init__(self, run: Run):
+        self.run, self.steps = run, []
+        self.begin = time.perf_counter()
+
+    def add(self, metrics: dict[str, jax.Array]) -> None:
+        self.steps.append(metrics)
+
+    def take(self) -> dict[str, float]:
+        config, model = self.run.config, self.run.model
+        steps = [{name: float(x) for name, x in metrics.items()} for metrics in jax.device_get(self.steps)]
+        elapsed = time.perf_counter() - self.begin
+        means = {n: float(np.mean([s[n] for s in steps])) for n in steps[0] if n.endswith("loss") or n == "balance"}
+        length = config.data.sequence_length
+        speed = len(steps) * config.data.batch_size * length / elapsed
+        result = steps[-1] | means | {"tokens_per_second": speed, "seconds_per_step": elapsed / len(steps)}
+        flops = flops_per_token(model.config, length, mtp=self.run.loss.has_mtp)
+        share = mfu(speed, flops, list(model.sharding.mesh.devices.flat))
+        self.steps, self.begin = [], time.perf_counter()
+        return result | device_memory() | ({} if share is None else {"mfu": share})
+
+
+def _export(run: Run, state: dict, directory: str) -> None:
+    origin = run.origin
+    export_hf(
+        run.merged(state),
+        run.model.config,
+        directory,
+        template_dir=origin.tokenizer_dir,
+        hf_config=origin.hf_config,
+        vision_source=origin.source,
+    )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """A list that holds the SIGTERM or SIGINT that came; a second one ends the process at once."""
+    told: list[int] = []
+
+    def note(number, frame):
+        told.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _profiler(directory: str | None) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step, which traces PROFILED_STEPS, counted from the first one."""
+    first: list[int] = []
+    running = False
+
+    def profile(step: int) -> None:
+        nonlocal running
+        first.append(step) if not first else None
+        if directory and step - first[0] == PROFILED_STEPS[0]:
+            jax.profiler.start_trace(directory)
+            running = True
+        elif running and step - first[0] == PROFILED_STEPS[1]:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield profile
+    finally:
+        if running:
+            jax.profiler.stop_trace()
+
+
+def _flat(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,199 @@
+"""From a run configuration to everything that a training run is made of."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
+from qwen35_jax.config import ASSETS, PRESETS, ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.model import Model
+from qwen35_jax.ops.forms import resolve_forms
+from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
+from qwen35_jax.text import ChatTemplate, Tokenizer
+from qwen35_jax.train.fp8 import fp8_layers
+from qwen35_jax.train.lora import abstract_lora, init_lora, lora_axes
+from qwen35_jax.train.optimizer import learning_rate, make_optimizer, state_shardings
+from qwen35_jax.train.partition import flatten, join, logical_axes, split, unflatten
+from qwen35_jax.train.step import Loss, make_eval_step, make_monitor_step, make_train_step
+from qwen35_jax.train.weights import LoraWeights, Weights, kept_params
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a run's model comes from: its configuration, the checkpoint (None: random weights) and the text files."""
+
+    config: ModelConfig
+    source: TensorSource | None
+    hf_config: dict[str, Any] | None  # config.json of the checkpoint, None where the run's model is another one
+    tokenizer_dir: Any
+
+
+def find_origin(config: ConfigDict) -> Origin:
+    """Opens what `config.model` names, and reads headers only. UserError for whatever is not there or does not go together."""
+    c = config.model
+    if c.source in PRESETS:
+        if c.revision:
+            raise UserError(f"config.model.revision belongs to a hub id, but {c.source} is a preset")
+        model, source, directory = ModelConfig.preset(c.source), None, ASSETS / "tiny"
+        if c.source == "tiny" and not c.random_weights:
+            if not (directory / "model.safetensors").exists():
+                raise UserError("the packaged model has no weights in this version: set config.model.random_weights")
+            source = open_source(str(directory))
+        elif not c.random_weights:
+            raise UserError(f"preset {c.source} has random weights only: set config.model.random_weights, or name a directory")
+    else:
+        source = open_source(c.source, c.revision or None)
+        model, directory = ModelConfig.from_hf(source.config), source.directory
+    if source is not None and not source_has_mtp(CanonicalSource(source, model)):
+        model = model.replace(mtp_num_hidden_layers=0)
+    hf_config = source.config if source else None
+    if c.random_weights:
+        source = None
+    if c.changes:
+        model, hf_config = _changed(model, c.changes), None
+    return Origin(model.replace(dtype=config.dtype), source, hf_config, c.tokenizer or directory)
+
+
+def _changed(model: ModelConfig, changes: ConfigDict) -> ModelConfig:
+    known = [f.name for f in dataclasses.fields(ModelConfig) if f.name not in ("rope", "vision", "dtype")]
+    unknown = [name for name in changes if name not in known]
+    if unknown:
+        raise UserError(f"config.model.changes.{unknown[0]} is no field of the model; fields are {', '.join(known)}")
+    return model.replace(**changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run's static parts. `state` is abstract: shapes, dtypes and shardings of the train state."""
+
+    config: ConfigDict
+    origin: Origin
+    loss: Loss
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    state: dict
+
+    @property
+    def model(self) -> Model:
+        return self.loss.model
+
+    @property
+    def rows(self) -> int:
+        return self.config.data.batch_size
+
+    def train_step(self):
+        """The `Program` of one optimizer step."""
+        c = self.config
+        return make_train_step(
+            self.loss, self.optimizer, self.schedule, self.state, self.rows, c.data.sequence_length, c.accumulate
+        )
+
+    def eval_step(self):
+        """The `Program` of the evaluation of one batch."""
+        return make_eval_step(self.loss, self.state["params"], self.state["frozen"], self.rows, self.config.data.sequence_length)
+
+    def monitor_step(self):
+        """The `Program` of the FP8 monitor on one batch."""
+        c = self.config
+        return make_monitor_step(
+            self.loss, self.state["params"], self.state["frozen"], self.rows, c.data.sequence_length, c.accumulate
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """UserError where the directory has none, or one with more ids than the model."""
+        tokenizer = Tokenizer.from_directory(self.origin.tokenizer_dir)
+        if tokenizer is None:
+            raise UserError(f"{self.origin.tokenizer_dir} has no tokenizer.json: name a directory in config.model.tokenizer")
+        if tokenizer.vocab_size > self.model.config.vocab_size:
+            ids = f"{tokenizer.vocab_size} ids, but the model has {self.model.config.vocab_size}"
+            raise UserError(f"the tokenizer of {self.origin.tokenizer_dir} has {ids}")
+        return tokenizer
+
+    def template(self) -> ChatTemplate:
+        """The chat template beside the tokenizer, or our own."""
+        thinking = bool(self.model.config.num_experts) or self.model.config.hidden_size > 2048
+        return ChatTemplate.from_directory(self.origin.tokenizer_dir, thinking_by_default=thinking)
+
+    def merged(self, state: dict) -> dict:
+        """All parameters of the model, stacked, for export: LoRA's updates are in them."""
+        if not self.config.lora.rank:
+            return join(state["params"], state["frozen"])
+        weights = self.loss.weights
+        return jax.jit(weights.merged, out_shardings=_shardings(kept_params(self.model)))(state["params"], state["frozen"])
+
+
+def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) -> Run:
+    """Everything but arrays. `devices`: other ones than this machine's, for compiling without them."""
+    sharding = Sharding(make_mesh(config.mesh, devices))
+    check_mesh(origin.config, sharding)
+    ways = sharding.batch * config.accumulate
+    if config.data.batch_size % ways:
+        text = f"config.data.batch_size ({config.data.batch_size}) must be a multiple of {ways}"
+        raise UserError(f"{text}: {sharding.batch} data shards x accumulate {config.accumulate}")
+    model = Model(origin.config, sharding, resolve_forms(sharding.mesh, config.kernels))
+    axes, kept = logical_axes(model), kept_params(model)
+    if config.lora.rank:
+        unit_axes = axes | {"units": jax.tree.map(lambda a: a.removeprefix("U "), axes["units"])}
+        weights = LoraWeights(model, config=config.lora, axes=unit_axes)
+        axes, trained, frozen = lora_axes(axes, config.lora), abstract_lora(kept, axes, config.lora), kept
+    else:
+        weights = Weights(model, fp8_layers(model, tuple(config.fp8.hold)) if config.fp8.enabled else None)
+        trained, frozen = split(kept, tuple(config.freeze))
+        axes, _ = split(axes, tuple(config.freeze))
+    optimizer = make_optimizer(config.optimizer, config.steps, axes, trained)
+    balance = config.loss.balance if config.loss.balance >= 0 else origin.config.router_aux_loss_coef
+    # XLA:CPU copies every slice that a scan takes of stacked weights.
+    stacked = sharding.mesh.devices.flat[0].platform != "cpu"
+    loss = Loss(weights, config.remat, config.loss.mtp, config.loss.z, balance, stacked)
+    state = _abstract_state(sharding, optimizer, trained, _in_dtype(frozen, model))
+    return Run(config, origin, loss, optimizer, learning_rate(config.optimizer, config.steps), state)
+
+
+def _in_dtype(frozen: dict, model: Model) -> dict:
+    """What is not trained needs no more digits than the model computes with."""
+    wanted = flatten(model.abstract_params(stacked=True))
+
+    def leaf(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, wanted[path].dtype, sharding=x.sharding)
+
+    return unflatten({path: leaf(path, x) for path, x in flatten(frozen).items()})
+
+
+def _abstract_state(sharding: Sharding, optimizer, trained: dict, frozen: dict) -> dict:
+    counter = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(sharding.mesh, PartitionSpec()))
+    shapes, places = jax.eval_shape(optimizer.init, trained), state_shardings(optimizer, trained)
+    opt = jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, places)
+    counters = dict.fromkeys(("step", "skipped", "skipped_in_a_row"), counter)
+    return {"params": trained, "frozen": frozen, "opt": opt} | counters
+
+
+def initial_state(run: Run) -> dict:
+    """The train state before the first step: weights read from the origin or drawn, on the devices that hold them."""
+    kept = kept_params(run.model)
+    if run.origin.source is None:
+        master = Model(run.model.config.replace(dtype="float32"), run.model.sharding, run.model.forms)
+        drawn = master.init_params(run.config.seed, stacked=True)
+        params = jax.jit(lambda x: x, out_shardings=_shardings(kept))(drawn)
+    else:
+        params = load_params(run.origin.source, run.origin.config, kept, progress=jax.process_index() == 0)
+    if run.config.lora.rank:
+        axes = logical_axes(run.model)
+        trained, frozen = init_lora(run.config.seed, kept, axes, run.config.lora), params
+    else:
+        trained, frozen = split(params, tuple(run.config.freeze))
+    frozen = jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, run.state["frozen"])
+    opt = jax.jit(run.optimizer.init, out_shardings=_shardings(run.state["opt"]))(trained)
+    counters = {n: jax.device_put(jnp.int32(0), run.state[n].sharding) for n in ("step", "skipped", "skipped_in_a_row")}
+    return {"params": trained, "frozen": frozen, "opt": opt} | counters
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding, tree)

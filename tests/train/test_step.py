@@ -1,0 +1,107 @@
+"""The compiled training step: the same curve on every mesh and in every form, accumulation, and steps that go wrong."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from qwen35_jax.train.run import initial_state
+from tests.train.conftest import random_batch, small_run
+
+STEPS = 20
+# One mesh against another, fp32: sums in other orders, through twenty updates.
+TOLERANCE = 1e-4
+
+
+def curve(batches: int = STEPS, **changes) -> list[float]:
+    """The losses of a run over the same four batches again and again."""
+    run = small_run(**changes)
+    parts = run.config.accumulate
+    step, state, losses = run.train_step().compile(), initial_state(run), []
+    shardings = jax.tree.map(lambda x: x.sharding, run.train_step().arguments[1])
+    for i in range(batches):
+        batch = random_batch(i % 4)
+        if parts > 1:
+            batch = {name: x.reshape(parts, -1, x.shape[-1]) for name, x in batch.items()}
+        state, metrics = step(state, jax.device_put(batch, shardings))
+        losses.append(float(metrics["loss"] + metrics.get("mtp_loss", 0.0)))
+    return losses
+
+
+@functools.cache
+def expected() -> list[float]:
+    return curve()
+
+
+def test_the_loss_falls():
+    assert expected()[-1] < 0.8 * expected()[0]
+
+
+SLOW = (pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8x1", "4x2", "1x8"))
+
+
+@pytest.mark.parametrize("mesh", ["2x4", "2x2x2", *SLOW])
+def test_every_mesh_gives_one_curve(mesh):
+    np.testing.assert_allclose(curve(mesh=mesh), expected(), rtol=TOLERANCE)
+
+
+def test_accumulated_parts_are_the_whole_batch():
+    """But for the load-balancing loss, which is of each part: off here."""
+    whole, parts = (curve(4, accumulate=n, loss__balance=0.0, loss__mtp=0.0) for n in (1, 2))
+    np.testing.assert_allclose(parts, whole, rtol=TOLERANCE)
+
+
+def test_parameters_and_moments_are_fully_sharded():
+    run = small_run(mesh="2x2x2")
+    for name in ("params", "opt"):
+        leaves = jax.tree_util.tree_leaves_with_path(run.state[name])
+        large = [(path, x) for path, x in leaves if math.prod(x.shape) >= 4096]
+        assert large
+        for path, x in large:
+            ways = math.prod(x.shape) // math.prod(x.sharding.shard_shape(x.shape))
+            assert ways >= 4, (jax.tree_util.keystr(path), x.shape, x.sharding.spec)
+
+
+def test_a_step_that_is_not_finite_changes_nothing():
+    run = small_run()
+    step, state = run.train_step().compile(), initial_state(run)
+    before = jax.tree.map(np.array, state)
+    bad = random_batch() | {"loss_weights": np.full_like(random_batch()["loss_weights"], np.nan)}
+    for count in (1, 2):
+        state, metrics = step(state, jax.device_put(bad))
+        assert metrics["skipped_in_a_row"] == metrics["skipped"] == count
+    for name in ("params", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], before[name])
+    for _ in range(2):  # the warm-up gives the first step a learning rate of 0
+        state, metrics = step(state, jax.device_put(random_batch()))
+    assert (metrics["skipped_in_a_row"], metrics["skipped"], int(state["step"])) == (0, 2, 4)
+    assert math.isfinite(metrics["loss"])
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(before["params"]), strict=True))
+
+
+def test_frozen_parameters_stay():
+    run = small_run(freeze=("^embed", "experts"), loss__mtp=0.0)
+    step, state = run.train_step().compile(), initial_state(run)
+    frozen = jax.tree.map(np.array, state["frozen"])
+    assert "embed" in frozen and "embed" not in state["params"]
+    state, _ = step(state, jax.device_put(random_batch()))
+    jax.tree.map(np.testing.assert_array_equal, state["frozen"], frozen)
+
+
+def test_lora_trains_its_own_matrices_alone():
+    run = small_run(lora__rank=4, optimizer__learning_rate=3e-2, loss__mtp=0.0)
+    step, state = run.train_step().compile(), initial_state(run)
+    base = jax.tree.map(np.array, run.merged(state))
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, jax.device_put(random_batch()))
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    merged = run.merged(state)
+    np.testing.assert_array_equal(merged["embed"]["embedding"], base["embed"]["embedding"])
+    experts = [tree["units"]["layers"]["0"]["mlp"]["experts"]["down"] for tree in (merged, base)]
+    assert np.any(np.asarray(experts[0]) != experts[1])

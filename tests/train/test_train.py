@@ -1,0 +1,111 @@
+"""`python -m qwen35_jax.train` as a user meets it: killed, resumed, told to stop, given nonsense."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import qwen35_jax
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+from tests.train.conftest import small_config
+
+def get_config():
+    return small_config(data__train=({chats!r},), data__eval=({chats!r},), steps=12, log_every=1, checkpoint__every=4)
+"""
+
+
+@pytest.fixture
+def start(tmp_path, chats):
+    """Starts the command in a folder of the test; keyword arguments go to Popen."""
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(chats=str(chats)))
+
+    def run(*arguments: str) -> subprocess.Popen:
+        flags = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "PYTHONPATH": str(ROOT)}
+        flags |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
+        command = [sys.executable, "-m", "qwen35_jax.train", "--config", str(config), *arguments]
+        return subprocess.Popen(
+            command, cwd=tmp_path, env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return run
+
+
+def finish(process: subprocess.Popen) -> str:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err[-3000:]
+    return out + err
+
+
+def wait_for(process: subprocess.Popen, file: Path, text: str) -> None:
+    deadline = time.monotonic() + 600
+    while not (file.exists() and text in file.read_text()):
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def lines(workdir: Path) -> list[dict]:
+    """The metrics but for those of the clock."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if "second" not in k} for line in found]
+
+
+def weights(directory: Path) -> bytes:
+    return (directory / "model.safetensors").read_bytes()
+
+
+def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
+    """SIGKILL between checkpoints, SIGTERM after that: metrics and weights are bitwise those of an undisturbed run."""
+    said = finish(start("--workdir", "whole", "--export_hf", "whole_hf"))
+    assert "step 12/12" in said and "eval/loss" in said
+
+    process = start("--workdir", "cut", "--export_hf", "cut_hf")
+    wait_for(process, tmp_path / "cut" / "metrics.jsonl", '"step": 6')
+    process.kill()
+    process.communicate()
+    process = start("--workdir", "cut", "--export_hf", "cut_hf")
+    wait_for(process, tmp_path / "cut" / "metrics.jsonl", '"step": 7')
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=600)
+    if process.returncode != 0:  # it may have been done before the signal came
+        assert process.returncode == 128 + signal.SIGTERM, err[-3000:]
+        assert "stopped: SIGTERM after step" in err
+        assert not (tmp_path / "cut_hf").exists()
+        assert "resumed from the checkpoint of step" in finish(start("--workdir", "cut", "--export_hf", "cut_hf"))
+
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    assert weights(tmp_path / "cut_hf") == weights(tmp_path / "whole_hf")
+    lm = qwen35_jax.load(str(tmp_path / "whole_hf"), dtype="float32")
+    assert lm.generate("Once", max_new_tokens=2, temperature=0)[0].token_ids
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--config.step=3", "--workdir", "w"), "step"),
+        (("--config.steps=0", "--workdir", "w"), "config.steps is 0; it must be at least 1"),
+        ((), "--workdir is missing"),
+        (("--config.data.train=('nowhere.jsonl',)", "--workdir", "w"), "nowhere.jsonl"),
+        (("--config.model.random_weights=false", "--workdir", "w"), "config.model.changes"),
+        (("--config.freeze=('nothing_like_it',)", "--workdir", "w"), "nothing_like_it"),
+        (("--config.mesh=3x1", "--workdir", "w"), "mesh"),
+        (("--workdir", "w", "--export_hf", "."), "exists already"),
+    ],
+)
+def test_wrong_input_is_one_line(start, arguments, message):
+    process = start(*arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err[-3000:]
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and message in last, err
+    assert "Traceback" not in err and not out
