@@ -13,6 +13,7 @@ import pytest
 
 from qwen35_jax.checkpoint import check_export_target, export, export_hf, load_params, open_source, to_hf_config
 from qwen35_jax.checkpoint.safetensors_file import DTYPE_NAMES
+from qwen35_jax.checkpoint.staging import LOCK
 from qwen35_jax.config import ASSETS, PRESETS, ModelConfig, RopeConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import Model
