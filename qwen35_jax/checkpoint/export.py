@@ -32,7 +32,7 @@ NOT_COPIED = ("config.json", "README.md")  # the first is written here, the seco
 def check_export_target(directory: epath.PathLike) -> None:
     """UserError where `export_hf` would refuse to write: something is there already. Call it before training."""
     directory = epath.Path(directory)
-    if check_directory(directory) and any(directory.iterdir()):
+    if check_directory(directory, "name a new directory") and any(directory.iterdir()):
         raise UserError(f"{directory} exists already; remove it or name another directory to export to")
 
 
