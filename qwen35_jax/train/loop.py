@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from qwen35_jax.checkpoint import check_export_target, export_hf
@@ -49,6 +50,8 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
     check_config(config)
     if export_dir:
         check_export_target(export_dir)
+    if profile_dir:
+        epath.Path(profile_dir).mkdir(parents=True, exist_ok=True)  # complains now, not after the traced steps
     use_compilation_cache()
     origin = find_origin(config)
     run = make_run(config, origin)

@@ -130,6 +130,12 @@ class Run:
         return jax.jit(weights.merged, out_shardings=_shardings(kept_params(self.model)))(state["params"], state["frozen"])
 
 
+def frozen_paths(config: ConfigDict, model: ModelConfig) -> tuple[str, ...]:
+    """What is not trained: `config.freeze`, and the MTP layer where no loss reaches it, which weight decay would only shrink."""
+    unreached = model.mtp_num_hidden_layers and not config.loss.mtp
+    return (*config.freeze, *(("^mtp/",) if unreached else ()))
+
+
 def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) -> Run:
     """Everything but arrays. `devices`: other ones than this machine's, for compiling without them."""
     sharding = Sharding(make_mesh(config.mesh, devices))
@@ -146,8 +152,8 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
         axes, trained, frozen = lora_axes(axes, config.lora), abstract_lora(kept, axes, config.lora), kept
     else:
         weights = Weights(model, fp8_layers(model, tuple(config.fp8.hold)) if config.fp8.enabled else None)
-        trained, frozen = split(kept, tuple(config.freeze))
-        axes, _ = split(axes, tuple(config.freeze))
+        trained, frozen = split(kept, frozen_paths(config, origin.config))
+        axes, _ = split(axes, frozen_paths(config, origin.config))
     optimizer = make_optimizer(config.optimizer, config.steps, axes, trained)
     balance = config.loss.balance if config.loss.balance >= 0 else origin.config.router_aux_loss_coef
     # XLA:CPU copies every slice that a scan takes of stacked weights.
@@ -188,7 +194,7 @@ def initial_state(run: Run) -> dict:
         axes = logical_axes(run.model)
         trained, frozen = init_lora(run.config.seed, kept, axes, run.config.lora), params
     else:
-        trained, frozen = split(params, tuple(run.config.freeze))
+        trained, frozen = split(params, frozen_paths(run.config, run.model.config))
     frozen = jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, run.state["frozen"])
     opt = jax.jit(run.optimizer.init, out_shardings=_shardings(run.state["opt"]))(trained)
     counters = {n: jax.device_put(jnp.int32(0), run.state[n].sharding) for n in ("step", "skipped", "skipped_in_a_row")}

@@ -77,12 +77,12 @@ class Weights:
         return tree if self.fp8 is None else self.fp8.wrap(tree, f"{name}/", self.statistics)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraWeights(Weights):
     """Frozen matrices with trained updates of low rank, merged when they are needed."""
 
-    config: ConfigDict = None
-    axes: dict = None  # of the parameters, without the unit axis
+    config: ConfigDict
+    axes: dict  # of the parameters, without the unit axis
 
     def combine(self, trained: dict, frozen: dict) -> dict:
         return {name: (tree, trained.get(name, {})) for name, tree in frozen.items()}

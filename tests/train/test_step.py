@@ -88,6 +88,7 @@ def test_frozen_parameters_stay():
     step, state = run.train_step().compile(), initial_state(run)
     frozen = jax.tree.map(np.array, state["frozen"])
     assert "embed" in frozen and "embed" not in state["params"]
+    assert "mtp" in frozen, "no loss reaches it here: weight decay would only shrink it"
     state, _ = step(state, jax.device_put(random_batch()))
     jax.tree.map(np.testing.assert_array_equal, state["frozen"], frozen)
 
