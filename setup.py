@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "hypothesis>=6", "safetensors"]
+TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "safetensors"]
 ORACLE = ["torch==2.13.0", "transformers==5.23.0"]
 GCS = ["etils[epath-gcs]"]
 

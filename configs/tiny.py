@@ -18,9 +18,10 @@ def get_config() -> ConfigDict:
     c.model.source, c.model.random_weights = "tiny", True
     c.dtype, c.remat = "float32", "none"  # small enough to keep everything, and CPUs have no faster dtype
     c.data.train, c.data.eval = ("runs/tiny_data/train.jsonl",), ("runs/tiny_data/eval.jsonl",)
-    c.data.sequence_length, c.data.batch_size = 768, 8  # the longest chat, with tools, has 673 tokens
-    c.steps = 4000
+    c.data.sequence_length, c.data.batch_size = 768, 4  # the longest chat, with tools, has 673 tokens
+    c.steps = 9000
+    c.loss.balance = 0.005  # experts this small and few are soon unequal
     c.optimizer.name, c.optimizer.learning_rate, c.optimizer.muon_learning_rate = "muon", 2e-3, 5e-3
     c.optimizer.schedule, c.optimizer.decay_fraction, c.optimizer.final_fraction = "wsd", 0.3, 0.02
-    c.eval_every, c.checkpoint.every = 500, 100
+    c.eval_every, c.checkpoint.every = 500, 200
     return c

@@ -75,7 +75,7 @@ WRONG = [
     ({}, {"hidden_size": "many"}, "hidden_size is 'many'; expected int"),
     ({}, {"hidden_size": True}, "hidden_size is True; expected int"),
     ({}, {"num_attention_heads": 3}, r"num_attention_heads \(3\).*num_key_value_heads \(2\)"),
-    ({}, {"linear_num_value_heads": 6}, r"linear_num_value_heads \(6\).*linear_num_key_heads \(4\)"),
+    ({}, {"linear_num_value_heads": 5}, r"linear_num_value_heads \(5\).*linear_num_key_heads \(2\)"),
     ({}, {"linear_num_key_heads": 0}, r"linear_num_key_heads \(0\)"),
     ({}, {"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
     ({}, {"attention_bias": True}, "attention_bias is True"),

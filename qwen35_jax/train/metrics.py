@@ -47,16 +47,13 @@ class MetricsWriter:
     Call `truncate` before the first `write` of a run that goes on, and `close` at the end.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, tensorboard: bool = True, quiet: bool = False):
-        """`quiet`: `report` prints nothing."""
+    def __init__(self, workdir: epath.PathLike):
         self._workdir = epath.Path(workdir)
         self._file = self._workdir / FILE
         self._writes = jax.process_index() == 0
-        self._prints = self._writes and not quiet
         self._local = is_local(self._workdir)
         self._lines: list[str] | None = None  # remote: the whole file
         self._uploaded = 0.0
-        self._tensorboard = tensorboard
         self._events: tensorboardX.SummaryWriter | None = None
         self._events_dir: str | None = None
         self._purge: int | None = None
@@ -92,7 +89,7 @@ class MetricsWriter:
 
     def report(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """Prints the progress line."""
-        if self._prints:
+        if self._writes:
             print(progress_line(step, total, metrics), flush=True)
 
     def close(self) -> None:
@@ -118,8 +115,6 @@ class MetricsWriter:
             self._upload()
 
     def _add_events(self, step: int, numbers: dict[str, float]) -> None:
-        if not self._tensorboard:
-            return
         if self._events is None:
             self._events_dir = os.fspath(self._workdir / TENSORBOARD) if self._local else tempfile.mkdtemp()
             # The suffix keeps apart the files of runs that begin in the same second.

@@ -16,12 +16,16 @@ import sys
 import time
 from pathlib import Path
 
+from ml_collections import ConfigDict
+
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.generate.steps import make_decode, make_prefill
 from qwen35_jax.model import Model
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.program import Program
 from qwen35_jax.sharding import Sharding, make_mesh
+from qwen35_jax.train.config import default_config
+from qwen35_jax.train.run import find_origin, make_run
 from tests import hlo
 from tests.aot.devices import target_devices
 
@@ -31,8 +35,11 @@ SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_L
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step of one model on one mesh. `rows` sequences of at most `capacity` tokens; prefill takes `length` of each.
-    `layers` cuts the model (0: whole), `fp8` keeps FP8 weights."""
+    """One step of one model on one mesh: decode, prefill or train.
+
+    `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
+    whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products.
+    """
 
     target: str
     mesh: str
@@ -51,12 +58,24 @@ def _config(case: Case) -> ModelConfig:
 
 
 def make_program(case: Case) -> Program:
+    if case.step == "train":
+        return _training(case)
     config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
     model = Model(config, Sharding(mesh), resolve_forms(mesh))
     if case.step == "decode":
         return make_decode(model, case.rows, case.capacity, config.vocab_size)
     return make_prefill(model, case.rows, case.rows, case.length, case.capacity)
+
+
+def _training(case: Case) -> Program:
+    """A step of a run with the defaults: bfloat16, float32 masters, AdamW, everything but the units' inputs made again."""
+    c = default_config()
+    c.model.source, c.model.random_weights, c.mesh = case.model, True, case.mesh
+    if case.layers:
+        c.model.changes = ConfigDict({"num_hidden_layers": case.layers})
+    c.data.sequence_length, c.data.batch_size, c.fp8.enabled = case.length, case.rows, case.fp8
+    return make_run(c, find_origin(c), target_devices(case.target)).train_step()
 
 
 def compile_case(case: Case) -> dict:

@@ -96,6 +96,6 @@ def test_monitor():
         for name in ("product", "activation", "weight", "gradient"):
             assert 0.01 < float(values[f"{name}_error"][0]) < 0.06, (path, name, values)
         assert all(0 <= float(values[f"{name}_underflow"][0]) < 0.01 for name in ("activation", "weight", "gradient"))
-    w = np.asarray(params["units/layers/1/mixer/out"][0]).reshape(-1, 192)
+    w = np.asarray(params["units/layers/1/mixer/out"][0]).reshape(-1, 128)
     error = np.linalg.norm(round_reference(w, (0, 1)) - w) / np.linalg.norm(w)
     assert abs(float(report["units/layers/1/mixer/out"]["weight_error"][0]) - error) < 1e-4

@@ -88,11 +88,11 @@ def test_factors_lie_as_their_parameter():
     axes, base = logical_axes(model), model.abstract_params()
     tree = abstract_lora(base, axes, config)
     flat = {path: (x.shape, x.sharding.spec) for path, x in flatten(tree).items()}
-    assert flat["units/layers/1/mixer/q_gate/a"] == ((2, 192, 3), P(None, None, None))
-    assert flat["units/layers/1/mixer/q_gate/b"] == ((2, 3, 4, 2, 64), P(None, None, "model", None, None))
-    assert flat["units/layers/1/mixer/out/a"] == ((2, 4, 64, 3), P(None, "model", None, None))
-    assert flat["units/layers/0/mlp/experts/gate/a"] == ((2, 8, 192, 3), P(None, ("data", "model"), None, None))
-    assert flat["units/layers/0/mlp/experts/gate/b"] == ((2, 8, 3, 96), P(None, ("data", "model"), None, None))
+    assert flat["units/layers/1/mixer/q_gate/a"] == ((2, 128, 3), P(None, None, None))
+    assert flat["units/layers/1/mixer/q_gate/b"] == ((2, 3, 4, 2, 32), P(None, None, "model", None, None))
+    assert flat["units/layers/1/mixer/out/a"] == ((2, 4, 32, 3), P(None, "model", None, None))
+    assert flat["units/layers/0/mlp/experts/gate/a"] == ((2, 8, 128, 3), P(None, ("data", "model"), None, None))
+    assert flat["units/layers/0/mlp/experts/gate/b"] == ((2, 8, 3, 64), P(None, ("data", "model"), None, None))
     assert flat["embed/embedding/a"] == ((4096, 3), P("model", None))
     assert lora_shardings(base, axes, config) == jax.tree.map(lambda x: x.sharding, tree)
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(tree))
@@ -112,7 +112,7 @@ def test_initial_factors_depend_on_seed_and_path_alone():
         if path.endswith("/b"):
             assert not np.any(x)
         else:
-            inputs = {"out": 4 * 64, "down": 96}.get(path.split("/")[-2], 192)
+            inputs = {"down": 64}.get(path.split("/")[-2], 128)
             assert np.std(x) * inputs**0.5 == pytest.approx(1, rel=0.03), path
     gate, up = (made[0][f"units/layers/1/mlp/experts/{name}/a"] for name in ("gate", "up"))
     assert np.abs(gate - up).max() > 0.1

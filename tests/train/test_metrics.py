@@ -49,8 +49,6 @@ def test_one_line_a_write_and_tensorboard(tmp_path):
     writer.close()
     assert _lines(tmp_path / "run")[1] == {"step": 2, "loss": None, "eval/loss": 1.0}
     assert [s[:2] for s in _scalars(tmp_path / "run")] == [(1, "loss"), (1, "learning_rate"), (2, "loss"), (2, "eval/loss")]
-    MetricsWriter(tmp_path / "bare", tensorboard=False).write(1, {"loss": 1})
-    assert [p.name for p in (tmp_path / "bare").iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("local", [True, False])
@@ -82,7 +80,7 @@ def test_remote_files_are_written_now_and_then(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "is_local", lambda path: False)
     now = [100.0]
     monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     for step, wait in ((1, 0), (2, 10), (3, 10), (4, 11), (5, 1)):
         now[0] += wait
         writer.write(step, {"loss": step})
@@ -111,9 +109,8 @@ def test_progress_line(tmp_path, capsys):
         progress_line(1, 9, {"mfu": None, "learning_rate": 0.0, "tokens_per_second": 1.5e6})
         == "step 1/9  lr 0.0e0  1.5M tokens/s"
     )
-    for quiet in (False, True):
-        MetricsWriter(tmp_path, quiet=quiet).report(1, 9, {})
-        assert capsys.readouterr().out == ("" if quiet else "step 1/9\n")
+    MetricsWriter(tmp_path).report(1, 9, {})
+    assert capsys.readouterr().out == "step 1/9\n"
 
 
 def test_flops_of_a_token():

