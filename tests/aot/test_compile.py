@@ -66,6 +66,12 @@ def _expected(case: Case, experts: bool, layers: int) -> dict[str, int]:
     return {"all-reduce": 3 * layers + 1, "all-gather": layers, "reduce-scatter": layers}
 
 
+def _crashes(case: Case) -> bool:
+    """Prefill of 512 tokens of 35b-a3b for tpu7x ends the compiler of libtpu 0.0.42 with signal 11; 0.0.50 compiles it."""
+    old = jax.__version_info__ < (0, 12)
+    return old and (case.target, case.model, case.step, case.length) == ("tpu7x", "35b-a3b", "prefill", 512)
+
+
 def _parameters():
     for cases, marks in ((CASES, ()), (SLOW, pytest.mark.slow)):
         yield from (pytest.param(case, ceilings, id=_name(case), marks=marks) for case, *ceilings in cases)
@@ -76,6 +82,8 @@ def test_compiles(case, ceilings):
     target = TARGETS[case.target]
     if importlib.util.find_spec(NEEDS[target.platform]) is None:
         pytest.skip(f"{NEEDS[target.platform]} is not installed: pip install -e '.[test,aot]'")
+    if _crashes(case):
+        pytest.skip("the TPU compiler that comes with this JAX crashes on it: see docs/lab_notes.md")
     result = compile_elsewhere(case, timeout=900)
     summary = {k: v for k, v in result.items() if k != "collectives"}
     print(_name(case), summary)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks.fp8_residuals import kept, linear_layers
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import Model
@@ -83,6 +84,13 @@ def test_gradients_follow_those_of_float32():
             a, b = np.asarray(fp8[path]), np.asarray(exact[path])
             assert a.dtype == b.dtype and a.any() and np.linalg.norm(a - b) < 0.25 * np.linalg.norm(b), path
             assert len(axes.split()) == a.ndim - 1
+
+
+def test_the_layers_inputs_are_kept_in_8_bits():
+    """Half of bfloat16's bytes and the scales, of one unit of a published shape; all layers of the unit are among them."""
+    bfloat16, fp8 = (kept("35b-a3b", 240, fp8) for fp8 in (False, True))
+    plain, narrow = linear_layers(bfloat16, fp8)
+    assert plain == 2 * 240 * 4 * (2 * 2048 + 4096 + 512 + 8 * (2048 + 512)) and narrow <= 0.55 * plain
 
 
 def test_monitor():
