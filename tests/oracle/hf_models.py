@@ -7,14 +7,18 @@ checkpoint therefore holds exactly the numbers that the oracle computes with, in
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import (
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
@@ -27,6 +31,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qw
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer, Qwen3_5MoeRMSNorm
 
 FP32_LEAVES = ("A_log", "linear_attn.norm.weight")
+FLOAT32 = torch.float32  # under a name that `double_precision` leaves alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +54,7 @@ class Case:
     mtp: bool = False
     vision: bool = True
     fused: bool = True  # routed experts in one tensor a layer, as published; save_pretrained writes one an expert
+    embedding: float = 1.0  # factor on the input embedding, a power of two
     seed: int = 0
 
 
@@ -72,6 +78,10 @@ CASES = {
             layers=4,
             seed=6,
         ),
+        # "dense" and "moe" with states that start about as large as the sum of what the layers add to them. There, they start at
+        # a twelfth of it, and each early rounding is magnified: fp32 does not determine gradients to 1e-4.
+        Case("dense_deep", embedding=16.0, seed=1),
+        Case("moe_deep", experts=(12, 3, 48, 64), fused=False, embedding=16.0, seed=5),
         Case("attention_only", interval=1, layers=3, seed=7),
         # Head counts, widths and experts that eight shards divide …
         Case("mesh_dense", heads=(8, 8), gdn_heads=(16, 8), interval=2, layers=2, seed=8),
@@ -148,7 +158,7 @@ class MtpHead(nn.Module):
 
 @dataclasses.dataclass
 class Oracle:
-    """A transformers model in fp32, with its MTP layer if the case has one."""
+    """A transformers model, with its MTP layer if the case has one."""
 
     case: Case
     model: nn.Module
@@ -160,7 +170,7 @@ class Oracle:
 
 
 def build(case: Case) -> Oracle:
-    """The random model of a case; the same numbers every time."""
+    """The random model of a case, in fp32; the same numbers every time."""
     config = hf_config(case)
     config._attn_implementation = "eager"
     kinds = {
@@ -175,6 +185,8 @@ def build(case: Case) -> Oracle:
     for module in (model, mtp) if mtp else (model,):
         for name, parameter in module.named_parameters():
             parameter.data = _random(name, parameter.shape, generator)
+            if name.endswith("embed_tokens.weight"):
+                parameter.data *= case.embedding
             parameter.requires_grad_(False)
     return Oracle(case, model, mtp)
 
@@ -282,3 +294,37 @@ def to_bfloat16(oracle: Oracle) -> Oracle:
         if not name.endswith(FP32_LEAVES):
             parameter.data = parameter.data.to(torch.bfloat16)
     return Oracle(oracle.case, model, None)
+
+
+def to_float64(oracle: Oracle) -> Oracle:
+    """The same numbers in float64, to compute with under `double_precision`."""
+    model, mtp = copy.deepcopy((oracle.model, oracle.mtp))
+    for module in (model, mtp) if mtp else (model,):
+        module.double()
+        for block in module.modules():
+            if hasattr(block, "config"):
+                block.config._experts_implementation = "eager"  # the grouped products have no float64
+    return Oracle(oracle.case, model, mtp)
+
+
+class _NoFloat32(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        assert not any(isinstance(x, torch.Tensor) and x.dtype == FLOAT32 for x in tree_leaves(out)), operation
+        return out
+
+
+@contextlib.contextmanager
+def double_precision():
+    """Inside, what transformers casts to float32 is cast to float64, and an operation with a float32 result is an error."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        with (
+            mock.patch.object(torch, "float32", torch.float64),
+            mock.patch.object(torch, "float", torch.float64),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+            _NoFloat32(),
+        ):
+            yield
+    finally:
+        torch.set_default_dtype(FLOAT32)
