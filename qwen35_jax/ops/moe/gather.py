@@ -5,6 +5,8 @@ Static shapes, nothing dropped, the same code on CPU, GPU and TPU. Per device it
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -53,7 +55,9 @@ def _in_chunks(tokens, ids, weights, experts, local: int, implementation):
         return jnp.pad(a, ((0, pad), (0, 0)), constant_values=fill).reshape(-1, chunk, a.shape[1])
 
     chunks = split(tokens, 0), split(ids, -1), split(weights, 0)
-    out = jax.lax.map(lambda c: _local_experts(*c, experts, local, implementation), chunks)
+    # The backward pass makes a chunk's rows again: kept for all chunks, they would take what the chunks are there to save.
+    one = jax.checkpoint(lambda experts, c: _local_experts(*c, experts, local, implementation), prevent_cse=False)
+    out = jax.lax.map(functools.partial(one, experts), chunks)
     return out.reshape(-1, d)[:count]
 
 
