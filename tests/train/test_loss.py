@@ -22,12 +22,17 @@ def plain(hidden, head, targets, weights):
 
 
 @pytest.mark.parametrize(("mesh", "chunk_bytes"), [("1x1", 2**30), ("1x1", 4 * 2 * 64 * 5), ("2x4", 4 * 1 * 16 * 3)])
-def test_cross_entropy(mesh, chunk_bytes, monkeypatch):
-    """Values and gradients, whole and in chunks that do not divide the length: sums of fp32 in another order."""
+@pytest.mark.parametrize("counted", [(1.0, 1.0), (0.3, 0.0), (0.0, 0.0)])
+def test_cross_entropy(mesh, chunk_bytes, counted, monkeypatch):
+    """Values and gradients, whole and in chunks that do not divide the length: sums of fp32 in another order.
+
+    `counted`: the share of each row's tokens that have a weight. Chunks of the others are left out.
+    """
     monkeypatch.setattr(losses, "CHUNK_BYTES", chunk_bytes)
     rng = np.random.default_rng(1)
     hidden, head = (rng.standard_normal(s).astype(np.float32) for s in ((2, 17, 8), (64, 8)))
     targets, weights = rng.integers(0, 64, (2, 17)), rng.random((2, 17)).astype(np.float32)
+    weights *= rng.random((2, 17)) < np.array(counted)[:, None]
     sharding = Sharding(make_mesh(mesh))
 
     def total(f):
