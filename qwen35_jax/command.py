@@ -54,11 +54,17 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
 
 
 def _parsed() -> list[str]:
-    """Positional arguments. The flags of a configuration's fields do not complain with errors of absl."""
+    """Positional arguments. Loading a configuration runs the user's code, which can raise anything."""
     try:
         return flags.FLAGS(sys.argv)[1:]
-    except (AttributeError, KeyError, TypeError) as error:
+    except (UserError, flags.Error):
+        raise
+    except SyntaxError as error:
+        raise UserError(f"{error.filename} line {error.lineno}: {error.msg}") from error
+    except Exception as error:
         text = str(error.args[0] if error.args else error)
+        if text[:1] in "'\"":  # a field that is not there, in quotes that are quoted again
+            text = "no field " + text.replace("\\n", " ").replace("\\'", "").strip("'\"")
         raise UserError(f"wrong configuration: {text}; qwen35_jax/train/config.py has all fields") from error
 
 

@@ -134,7 +134,9 @@ def read_text(path: epath.Path, remedy: str = "download it again") -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise UserError(f"no {path.name} in {path.parent}: is this a model directory?") from None
+        raise UserError(
+            f"no {path.name} in {path.parent}: is this a model directory? (A training run's is what --export_hf wrote.)"
+        ) from None
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text; {remedy}") from None
 

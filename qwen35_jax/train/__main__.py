@@ -8,6 +8,7 @@ if __name__ == "__main__":
     command.quiet_interrupts()
 
 import sys
+from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import config_flags
@@ -20,6 +21,7 @@ Trains a model: from random weights, or further from a checkpoint; all of it, pa
 
   python -m qwen35_jax.train --config configs/NAME.py --workdir DIR
   python -m qwen35_jax.train --config configs/NAME.py --workdir DIR --config.steps=100 --config.mesh=2x4 --export_hf OUT
+  python -m qwen35_jax.train --config configs/finetune.py --workdir DIR --config.data.train="('a.jsonl', 'b.jsonl')"
 
 The same command goes on from the newest checkpoint in DIR. All fields of a configuration, with their defaults, are in
 qwen35_jax/train/config.py.
@@ -35,6 +37,9 @@ def main(arguments: list[str]) -> None:
     """Flags to one call."""
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; see --help")
+    file = config_flags.get_config_filename(flags.FLAGS["config"])
+    if file and not Path(file.partition(":")[0]).is_file():
+        raise UserError(f"--config: no such file: {file}")
     for flag in (CONFIG, WORKDIR):
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing; see --help")

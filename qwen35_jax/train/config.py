@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from qwen35_jax.errors import UserError
 
 
 def default_config() -> ConfigDict:
-    """All fields of a training run. Unknown fields are errors, on the command line too (`--config.steps=100`)."""
+    """All fields of a training run. Unknown fields are errors, in a file and on the command line (`--config.steps=100`)."""
     c = ConfigDict()
     c.mesh = "1x1"  # DATAxMODEL or REPLICAxDATAxMODEL
     c.steps = 1000  # optimizer steps
     c.seed = 0  # of random weights and of LoRA
     c.dtype = "bfloat16"  # of the computation; trained parameters are float32
-    c.kernels = "auto"
+    c.kernels = "auto"  # auto | xla: forms of the ops
     c.remat = "full"  # what the backward pass computes again: full (all but the units' inputs) | dots (all but products) | none
     c.accumulate = 1  # parts of a batch that are run one after the other
     c.stop_after_skipped = 10  # end the run after so many steps in a row without a finite loss and gradient
@@ -28,13 +29,13 @@ def default_config() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.train = ()  # files or globs of JSONL: {"text": …} or {"messages": […], "tools": […]}
-    c.data.eval = ()
-    c.data.sequence_length = 1024
+    c.data.eval = ()  # the same, for evaluation
+    c.data.sequence_length = 1024  # tokens of a packed row
     c.data.batch_size = 8  # sequences of one optimizer step, over all devices and hosts
     c.data.loss_on = "assistant"  # assistant | all: which tokens of a chat are trained on
-    c.data.enable_thinking = None  # None: as the chat template has it
+    c.data.enable_thinking = placeholder(bool)  # how chats are rendered; not set: as the chat template has it
     c.data.bad_lines = "stop"  # stop | skip
-    c.data.shuffle_seed = 0
+    c.data.shuffle_seed = 0  # of the order of the documents
     c.data.epochs = 0  # 0: as many as `steps` asks for
 
     c.loss = ConfigDict()
@@ -44,23 +45,23 @@ def default_config() -> ConfigDict:
 
     c.optimizer = ConfigDict()
     c.optimizer.name = "adamw"  # adamw | muon
-    c.optimizer.learning_rate = 3e-4
+    c.optimizer.learning_rate = 3e-4  # at its peak
     c.optimizer.schedule = "cosine"  # cosine | wsd | constant, after the warm-up
-    c.optimizer.warmup_steps = 100
+    c.optimizer.warmup_steps = 100  # from 0 to the peak
     c.optimizer.decay_fraction = 0.2  # wsd: the last part of the steps
     c.optimizer.final_fraction = 0.1  # of the learning rate, at the end
-    c.optimizer.b1 = 0.9
-    c.optimizer.b2 = 0.95
-    c.optimizer.eps = 1e-8
+    c.optimizer.b1 = 0.9  # Adam: decay of the mean of gradients
+    c.optimizer.b2 = 0.95  # Adam: decay of the mean of their squares
+    c.optimizer.eps = 1e-8  # Adam: added to the root of that
     c.optimizer.weight_decay = 0.1  # of matrices
     c.optimizer.clip_norm = 1.0  # of the gradient; 0: off
-    c.optimizer.muon_b1 = 0.95
+    c.optimizer.muon_b1 = 0.95  # Muon: momentum
     c.optimizer.muon_learning_rate = 0.0  # muon: of its matrices; 0: learning_rate
 
     c.freeze = ()  # regular expressions over parameter paths such as units/layers/0/mixer/q: these are not trained
     c.lora = ConfigDict()
     c.lora.rank = 0  # 0: off, all of the model is trained
-    c.lora.alpha = 16.0
+    c.lora.alpha = 16.0  # updates are scaled by alpha / rank
     c.lora.match = (r"mixer/(q|k|v|z|q_gate|out)$", r"mlp/")  # the matrices that get an update of low rank
 
     c.fp8 = ConfigDict()
@@ -69,12 +70,14 @@ def default_config() -> ConfigDict:
     c.fp8.monitor_every = 0  # steps between records of each layer's quantisation error; 0: never
 
     c.eval_every = 0  # steps; 0: only at the end
-    c.log_every = 10
+    c.log_every = 10  # steps
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps; there is one at the end too
-    c.checkpoint.keep_last = 2
-    c.checkpoint.keep_best = 0
-    c.checkpoint.best_metric = "eval/loss"
+    c.checkpoint.keep_last = 2  # the newest ones
+    c.checkpoint.keep_best = 0  # and so many with the smallest best_metric, however old
+    c.checkpoint.best_metric = "eval/loss"  # eval/loss | eval/mtp_loss | loss | mtp_loss
+    c.lock()
+    c.model.changes.unlock()
     return c
 
 
@@ -87,6 +90,7 @@ def check_config(c: ConfigDict) -> None:
         "data.bad_lines": ("stop", "skip"),
         "optimizer.name": ("adamw", "muon"),
         "optimizer.schedule": ("cosine", "wsd", "constant"),
+        "checkpoint.best_metric": ("eval/loss", "eval/mtp_loss", "loss", "mtp_loss"),
     }
     for field, accepted in choices.items():
         if _get(c, field) not in accepted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 import time
@@ -96,7 +97,15 @@ class _Loop:
             self.data.set_state(position)
             self._say(f"resumed from the checkpoint of step {self.step}")
             self._say_changes(self.checkpoints.stored_run(self.step)["config"])
+        if self.config.data.bad_lines == "stop":
+            self._read_ahead()
         self.writer.truncate(self.step)
+
+    def _read_ahead(self) -> None:
+        """Reads the first batch and goes back: a bad line is named before minutes of compilation, not after."""
+        position = self.data.get_state()
+        next(self.data, None)
+        self.data.set_state(position)
 
     def run_steps(self, profile_dir: str | None) -> dict[str, float]:
         """Trains to the last step and returns the last metrics."""
@@ -206,6 +215,7 @@ class _Loop:
         self.writer.report(self.step, self.config.steps, metrics)
 
     def _compiled(self, make: Callable) -> Callable:
+        self._say(f"compiling {make.__name__}: on CPUs this takes a minute or more the first time")
         begin = time.perf_counter()
         compiled = make().compile()
         self._say(f"compiled {make.__name__} in {time.perf_counter() - begin:.1f} s")
@@ -249,6 +259,7 @@ class _Meter:
 
 def _export(run: Run, state: dict, directory: str) -> None:
     origin = run.origin
+    print(f"writing {directory}", file=sys.stderr, flush=True)
     export_hf(
         run.merged(state),
         run.model.config,
@@ -267,6 +278,8 @@ def _signals() -> Iterator[list[int]]:
     def note(number, frame):
         told.append(number)
         signal.signal(number, before[number])
+        name = signal.Signals(number).name
+        os.write(2, f"{name}: the run saves its state and ends after this step; once more ends it at once\n".encode())
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -176,7 +176,8 @@ def _check_steps(config: ConfigDict, total_steps: int) -> None:
     if config.schedule != "wsd":
         if config.warmup_steps > total_steps:
             raise UserError(
-                f"config.optimizer.warmup_steps ({config.warmup_steps}) is more than all {total_steps} steps; lower it"
+                f"config.optimizer.warmup_steps ({config.warmup_steps}) is more than all {total_steps} steps; "
+                "lower it, as with --config.optimizer.warmup_steps=0"
             )
         return
     decay, field = _decay_steps(config, total_steps), f"config.optimizer.decay_fraction ({config.decay_fraction})"

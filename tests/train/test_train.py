@@ -99,13 +99,24 @@ def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
         (("--config.model.random_weights=false", "--workdir", "w"), "config.model.changes"),
         (("--config.freeze=('nothing_like_it',)", "--workdir", "w"), "nothing_like_it"),
         (("--config.mesh=3x1", "--workdir", "w"), "mesh"),
+        (("--config", "nowhere.py", "--workdir", "w"), "no such file: nowhere.py"),
+        (("--config", "syntax.py", "--workdir", "w"), "syntax.py line 1: invalid syntax"),
+        (("--config", "field.py", "--workdir", "w"), '"stepz" does not exist'),
+        (("--config.checkpoint.best_metric=accuracy", "--workdir", "w"), "config.checkpoint.best_metric is 'accuracy'"),
+        (("--config.data.train=('bad.jsonl',)", "--workdir", "w"), "bad.jsonl:1: the line is not valid JSON"),
         (("--workdir", "w", "--export_hf", "."), "exists already"),
     ],
 )
-def test_wrong_input_is_one_line(start, arguments, message):
+def test_wrong_input_is_one_line(start, tmp_path, arguments, message):
+    (tmp_path / "syntax.py").write_text("def get_config(:")
+    (tmp_path / "field.py").write_text(
+        "from tests.train.conftest import small_config\n\ndef get_config():\n    return small_config(stepz=3)\n"
+    )
+    (tmp_path / "bad.jsonl").write_text("{\n")
     process = start(*arguments)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 1, err[-3000:]
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ") and message in last, err
+    assert "compil" not in err, err  # it is said at once
     assert "Traceback" not in err and not out

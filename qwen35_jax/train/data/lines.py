@@ -103,6 +103,8 @@ class _File:
 
 def _matches(pattern: str) -> list[str]:
     """The files that a path or glob names, sorted."""
+    if not pattern:
+        raise UserError("config.data names a file without a name; write ('a.jsonl', 'b.jsonl')")
     pattern = os.path.expanduser(pattern)
     path = epath.Path(pattern)
     if path.exists():
@@ -114,7 +116,7 @@ def _matches(pattern: str) -> list[str]:
     else:
         found = _remote_matches(pattern)
     if not found:
-        raise UserError(f"no file matches {pattern}")
+        raise UserError(f"config.data: no file matches {pattern!r}; several are written ('a.jsonl', 'b.jsonl')")
     return sorted(found)
 
 
