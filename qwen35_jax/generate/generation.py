@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 
@@ -71,7 +72,7 @@ def slot_bucket(rows: int, shards: int) -> int:
 
 
 class Programs:
-    """Compiled steps by shape. Each is compiled once; two compile at a time, so that the first token need not wait for decode."""
+    """Compiled steps by shape. Each is compiled once; two compile at a time."""
 
     def __init__(self, model: Model, params: dict, vocabulary: int):
         self.model, self.params, self.vocabulary = model, params, vocabulary
@@ -156,8 +157,13 @@ class Generation:
         """Begins to compile all that this batch needs, in the order of need."""
         for length in sorted(set(self.chunks)):
             self.programs.start(steps.make_prefill, *self._shape(steps.make_prefill, self.slots, length))
-        for make in (steps.make_empty, steps.make_first, steps.make_decode):
+        for make in (steps.make_empty, steps.make_first):
             self.programs.start(make, *self._shape(make))
+        if (os.cpu_count() or 1) > 2:  # on two cores it would take time from the first token's programs
+            self._start_decode()
+
+    def _start_decode(self) -> None:
+        self.programs.start(steps.make_decode, *self._shape(steps.make_decode))
 
     def _shape(self, make: Callable, *extra: int) -> tuple:
         vocabulary = () if make in (steps.make_empty, steps.make_prefill) else (self.programs.vocabulary,)
@@ -172,6 +178,7 @@ class Generation:
         for length in sorted(set(self.chunks)):
             self._program(steps.make_prefill, self.slots, length)
         empty, first = self._program(steps.make_empty), self._program(steps.make_first)
+        self._start_decode()
         begin = time.perf_counter()
         self.session = empty()
         shard_slots = self.slots // self.programs.model.sharding.batch

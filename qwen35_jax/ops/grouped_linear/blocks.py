@@ -11,7 +11,7 @@ import jax.numpy as jnp
 # Rows of a block. A group is cut into blocks of the largest size; the rest takes the smallest that holds it. So a group
 # of one row costs one row, and a large group rereads its weight seldom.
 SIZES = (1, 8, 32, 64)
-SPARE = 16  # block sizes below the mean group's size over this are left out
+SPARE = 4  # block sizes below the mean group's size over this are left out
 
 
 def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Array, rows: int, sizes=SIZES) -> Any:
