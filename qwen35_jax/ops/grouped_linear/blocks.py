@@ -11,7 +11,6 @@ import jax.numpy as jnp
 # Rows of a block. A group is cut into blocks of the largest size; the rest takes the smallest that holds it. So a group
 # of one row costs one row, and a large group rereads its weight seldom.
 SIZES = (1, 8, 32, 64)
-SPARE = 4  # block sizes below the mean group's size over this are left out
 
 
 def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Array, rows: int, sizes=SIZES) -> Any:
@@ -20,9 +19,6 @@ def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Arra
     The block's slice is start .. start + size, inside the `rows` rows; `mine` [size, 1] bool marks its own. `block`
     must use the operands it is given: closing over them lets XLA:CPU move their conversion out of the loop.
     """
-    # Where groups are large, what is lost by a larger block for their rest is little, and each size is a loop to compile.
-    worth = [size for size in sizes[:-1] if size * SPARE >= rows // group_sizes.shape[0]]
-    sizes = [*worth, sizes[-1]]
     sizes = [min(size, rows) for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < rows]
     firsts = jnp.cumsum(group_sizes) - group_sizes
     full, rest = group_sizes // sizes[-1], group_sizes % sizes[-1]
