@@ -4,8 +4,7 @@
     python -m qwen35_jax.train --config configs/tiny.py --workdir runs/tiny --export_hf runs/tiny_hf
     python -m benchmarks.tiny_skills --checkpoint runs/tiny_hf
 
-Hardware: two CPU cores (about 1.7k tokens/s on idle ones, 5 hours), or any mesh. The run has not been made to its end yet, so
-there is no result to expect.
+Hardware: two CPU cores, or any mesh. The run has not been made to its end yet, so there is no time and no result to expect.
 """
 
 from ml_collections import ConfigDict

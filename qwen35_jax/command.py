@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import flags
@@ -65,7 +66,9 @@ def _parsed() -> list[str]:
         text = str(error.args[0] if error.args else error)
         if text[:1] in "'\"":  # a field that is not there, in quotes that are quoted again
             text = "no field " + text.replace("\\n", " ").replace("\\'", "").strip("'\"")
-        raise UserError(f"wrong configuration: {text}; qwen35_jax/train/config.py has all fields") from error
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.name in ("get_config", "<module>")]
+        where = f"{frames[-1].filename} line {frames[-1].lineno}: " if frames else ""
+        raise UserError(f"wrong configuration: {where}{text}; qwen35_jax/train/config.py has all fields") from error
 
 
 def _end(*_) -> None:

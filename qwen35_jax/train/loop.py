@@ -259,7 +259,8 @@ class _Meter:
 
 def _export(run: Run, state: dict, directory: str) -> None:
     origin = run.origin
-    print(f"writing {directory}", file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(f"writing {directory}", file=sys.stderr, flush=True)
     export_hf(
         run.merged(state),
         run.model.config,

@@ -17,6 +17,8 @@ SMALL = {
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "initializer_range": 0.1,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
 }
 ROWS, LENGTH = 8, 48
 
@@ -27,7 +29,7 @@ def small_config(**changes):
     c.model.random_weights, c.dtype, c.remat, c.loss.balance = True, "float32", "none", 0.01
     c.model.changes.update(SMALL)
     c.data.train, c.data.sequence_length, c.data.batch_size = ("unused.jsonl",), LENGTH, ROWS
-    c.steps, c.optimizer.warmup_steps, c.optimizer.learning_rate = 20, 2, 3e-3
+    c.steps, c.optimizer.warmup_steps, c.optimizer.learning_rate = 20, 2, 4e-3
     for field, value in changes.items():
         *path, name = field.split("__")
         node = c

@@ -38,7 +38,7 @@ def expected() -> list[float]:
 
 
 def test_the_loss_falls():
-    assert expected()[-1] < 0.9 * expected()[0]
+    assert expected()[-1] < 0.8 * expected()[0]
 
 
 SLOW = (pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8x1", "4x2", "2x4", "1x8"))

@@ -28,7 +28,7 @@ def _attention_fwd(q, k, v, q_positions, segment_ids):
     fetch = _key_blocks(k, v, segment_ids)
     segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
     first = _first_seen(segment_ids, q_positions)
-    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, block_size(k.shape[1], BLOCK_K), first)
+    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, _block_size(k.shape[1], BLOCK_K, first is not None), first)
     out = joined(out, q.shape[1]).astype(q.dtype)
     return out, (q, k, v, q_positions, segment_ids, out, log_sum)
 
@@ -37,9 +37,9 @@ def _own_segments(segment_ids, q_positions):
     return jnp.take_along_axis(segment_ids, q_positions, axis=1)
 
 
-def block_size(time: int, most: int) -> int:
-    """Tokens of a block: an eighth of a short sequence, which is packed with short documents, but 128 at least."""
-    return min(time, most, max(128, time // 1024 * 128))
+def _block_size(time: int, most: int, packed: bool) -> int:
+    """Tokens of a block. Of packed documents an eighth of the sequence, so that there are blocks to leave out, or 128."""
+    return min(time, most, max(128, time // 1024 * 128)) if packed else min(time, most)
 
 
 def _first_seen(segment_ids, q_positions):
@@ -55,20 +55,21 @@ def _first_seen(segment_ids, q_positions):
 def attend(q, positions, segments, groups: int, fetch: Callable, block: int, first=None):
     """q [B, T, N, H] over the keys that `fetch` gives (see _attend_block): output and log of the sum, in blocks.
 
-    first [B, T]: no query sees a key before this one; None: they may see all.
+    segments, first [B, T]: no query sees a key of another segment, nor one before `first`; both None: they may see all.
     """
 
     def body(_, inputs):
         return None, _attend_block(*inputs, fetch, block)
 
-    inputs = (split_heads(_cut(q), groups), *_cut_tokens(positions, segments, first))
+    inputs = (split_heads(_cut(q, first is not None), groups), *_cut_tokens(positions, segments, first))
     return jax.lax.scan(body, None, inputs)[1]
 
 
 def _cut_tokens(positions, segments, first):
     """Positions, segments and first keys in blocks; the queries that fill up the last block see nothing."""
-    beyond = jnp.iinfo(jnp.int32).max
-    return _cut(positions, -1), None if segments is None else _cut(segments), None if first is None else _cut(first, beyond)
+    if first is None:
+        return _cut(positions, False, -1), None, None
+    return _cut(positions, True, -1), _cut(segments, True), _cut(first, True, jnp.iinfo(jnp.int32).max)
 
 
 def _attend_block(q, positions, segments, first, fetch: Callable, block: int):
@@ -130,7 +131,7 @@ def key_range(j, block: int, keys: int):
 
 def _key_blocks(k, v, segment_ids) -> Callable:
     keys = k.shape[1]
-    block = block_size(keys, BLOCK_K)
+    block = _block_size(keys, BLOCK_K, segment_ids is not None)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
 
     def fetch(j):
@@ -142,10 +143,10 @@ def _key_blocks(k, v, segment_ids) -> Callable:
     return fetch
 
 
-def _cut(x, fill=0):
+def _cut(x, packed: bool, fill=0):
     """[B, T, ...] -> [blocks, B, t, ...]; the queries that fill up the last block are at -1 and see no key."""
     batch, time = x.shape[:2]
-    size = block_size(time, BLOCK_Q)
+    size = _block_size(time, BLOCK_Q, packed)
     x = jnp.pad(x, ((0, 0), (0, -time % size), *((0, 0),) * (x.ndim - 2)), constant_values=fill)
     return jnp.moveaxis(x.reshape(batch, -1, size, *x.shape[2:]), 1, 0)
 
@@ -165,10 +166,11 @@ def joined(x, time: int):
 
 def _attention_bwd(residuals, d_out):
     q, k, v, q_positions, segment_ids, out, log_sum = residuals
-    groups, block = k.shape[2], block_size(k.shape[1], BLOCK_K)
+    groups, packed = k.shape[2], segment_ids is not None
+    block = _block_size(k.shape[1], BLOCK_K, packed)
     # The gradient of a softmax needs sum_s w_s dw_s, which is out . d_out.
     inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
-    heads = [split_heads(_cut(x), groups) for x in (q, d_out.astype(q.dtype), inner)]
+    heads = [split_heads(_cut(x, packed), groups) for x in (q, d_out.astype(q.dtype), inner)]
     segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
     tokens = _cut_tokens(q_positions, segments, _first_seen(segment_ids, q_positions))
     fetch = _key_blocks(k, v, segment_ids)
