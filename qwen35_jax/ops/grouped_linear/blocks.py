@@ -13,6 +13,11 @@ import jax.numpy as jnp
 SIZES = (1, 8, 32, 64)
 
 
+def fewer_sizes(rows: int, groups: int) -> tuple[int, ...]:
+    """Those of SIZES that are at least a quarter of the mean group, for CPUs: each size is a loop to compile."""
+    return tuple(size for size in SIZES[:-1] if 4 * size * groups >= rows) + SIZES[-1:]
+
+
 def for_blocks(block: Callable, carry: Any, operands: Any, group_sizes: jax.Array, rows: int, sizes=SIZES) -> Any:
     """carry = block(carry, operands, group, start, size, mine) for every block of at most `size` rows of one group.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, dequantize
-from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take, take_rows
+from qwen35_jax.ops.grouped_linear.blocks import SIZES, fewer_sizes, for_blocks, take, take_rows
 from qwen35_jax.ops.grouped_linear.fp8 import grouped_linear_fp8
 from qwen35_jax.ops.linear.xla import one_row, weight_array
 
@@ -38,7 +38,8 @@ def grouped_linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | 
 @jax.custom_vjp
 def _product(x, w, group_sizes):
     """x [R, in], w [E, in, out] of the same dtype -> [R, out]."""
-    return jax.lax.platform_dependent(x, w, group_sizes, tpu=_ragged_dot, default=_forward_loop)
+    cpu = functools.partial(_forward_loop, sizes=fewer_sizes(x.shape[0], w.shape[0]))
+    return jax.lax.platform_dependent(x, w, group_sizes, cpu=cpu, tpu=_ragged_dot, default=_forward_loop)
 
 
 def _product_forward(x, w, group_sizes):
@@ -46,7 +47,9 @@ def _product_forward(x, w, group_sizes):
 
 
 def _product_backward(residuals, dy):
-    dx, dw = jax.lax.platform_dependent(*residuals, dy, tpu=_ragged_dot_backward, default=_backward_loop)
+    x, w, _ = residuals
+    cpu = functools.partial(_backward_loop, sizes=fewer_sizes(x.shape[0], w.shape[0]))
+    dx, dw = jax.lax.platform_dependent(*residuals, dy, cpu=cpu, tpu=_ragged_dot_backward, default=_backward_loop)
     return dx, dw, None
 
 
@@ -69,16 +72,16 @@ def _zero_beyond(a, group_sizes):
     return jnp.where((jnp.arange(a.shape[0]) < group_sizes.sum())[:, None], a, 0)
 
 
-def _forward_loop(x, w, group_sizes):
-    return _rows_times(x, w, take, group_sizes, w.shape[2])
+def _forward_loop(x, w, group_sizes, sizes=SIZES):
+    return _rows_times(x, w, take, group_sizes, w.shape[2], sizes)
 
 
-def _backward_loop(x, w, group_sizes, dy):
-    dx = _rows_times(dy, w, lambda w, group: take(w, group).astype(jnp.float32).T, group_sizes, w.shape[1])
-    return dx, _outer_products(x, dy, group_sizes).astype(w.dtype)
+def _backward_loop(x, w, group_sizes, dy, sizes=SIZES):
+    dx = _rows_times(dy, w, lambda w, group: take(w, group).astype(jnp.float32).T, group_sizes, w.shape[1], sizes)
+    return dx, _outer_products(x, dy, group_sizes, sizes).astype(w.dtype)
 
 
-def _rows_times(x, w, weight_of, group_sizes, width: int):
+def _rows_times(x, w, weight_of, group_sizes, width: int, sizes=SIZES):
     """x [R, in] times weight_of(w, group) [in, width], block by block -> [R, width] in x's dtype."""
 
     def block(out, operands, group, start, size, mine):
@@ -89,7 +92,7 @@ def _rows_times(x, w, weight_of, group_sizes, width: int):
 
     # Carried in float32: XLA:CPU would convert all of a bfloat16 array at every update of a slice of it.
     out = jnp.zeros((x.shape[0], width), jnp.float32)
-    return for_blocks(block, out, (x, w), group_sizes, x.shape[0]).astype(x.dtype)
+    return for_blocks(block, out, (x, w), group_sizes, x.shape[0], sizes).astype(x.dtype)
 
 
 def _dot(x, w):
@@ -99,7 +102,7 @@ def _dot(x, w):
     return one_row(x, w, 1) if x.shape[0] == 1 else jnp.dot(x, w, preferred_element_type=jnp.float32)
 
 
-def _outer_products(x, dy, group_sizes):
+def _outer_products(x, dy, group_sizes, sizes):
     """The weight's gradient: x [R, in], dy [R, out] -> [E, in, out] float32."""
 
     def block(dw, operands, group, start, size, mine):
@@ -110,7 +113,7 @@ def _outer_products(x, dy, group_sizes):
         return jax.lax.dynamic_update_index_in_dim(dw, old + update, group, 0)
 
     dw = jnp.zeros((group_sizes.shape[0], x.shape[1], dy.shape[1]), jnp.float32)
-    return for_blocks(block, dw, (x, dy), group_sizes, x.shape[0])
+    return for_blocks(block, dw, (x, dy), group_sizes, x.shape[0], sizes)
 
 
 @jax.custom_vjp
