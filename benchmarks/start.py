@@ -1,4 +1,4 @@
-"""Seconds from the shell to the sampler's first byte and to its end, with an empty compilation cache and with the one this leaves.
+"""Seconds from the shell to the sampler's first byte and to its end, with an empty compilation cache and a filled one.
 
     python -m benchmarks.start --mesh 8x1
 

@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import json
 import math
+import os
+import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from qwen35_jax.checkpoint.canonical import CanonicalSource
 from qwen35_jax.checkpoint.names import VISION, Path, tensor_parts
-from qwen35_jax.checkpoint.safetensors_file import make_header, write_safetensors
+from qwen35_jax.checkpoint.safetensors_file import is_local, make_header, write_safetensors
 from qwen35_jax.checkpoint.source import INDEX, SINGLE, TensorSource, check_directory, text_files
 from qwen35_jax.checkpoint.staging import staging
 from qwen35_jax.config import ModelConfig
@@ -30,10 +32,14 @@ NOT_COPIED = ("config.json", "README.md")  # the first is written here, the seco
 
 
 def check_export_target(directory: epath.PathLike) -> None:
-    """UserError where `export_hf` would refuse to write: something is there already. Call it before training."""
+    """UserError where `export_hf` could not write: something is there, or may not be. Call it before training."""
     directory = epath.Path(directory)
     if check_directory(directory, "name a new directory") and any(directory.iterdir()):
         raise UserError(f"{directory} exists already; remove it or name another directory to export to")
+    if is_local(directory):
+        above = next(parent for parent in pathlib.Path(directory).absolute().parents if parent.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise UserError(f"{directory} cannot be made: {above} is not a directory one can write to")
 
 
 def export_hf(

@@ -189,6 +189,8 @@ def test_what_cannot_be_exported(tmp_path):
         export_hf(params, model.config, tmp_path / "old")
     with pytest.raises(UserError, match="is a file"):
         check_export_target(tmp_path / "old" / "file")
+    with pytest.raises(UserError, match="file is not a directory one can write to"):
+        check_export_target(tmp_path / "old" / "file" / "new")
     with pytest.raises(UserError, match="'float16'; accepted are bfloat16 and float32"):
         export_hf(params, model.config, tmp_path / "new", dtype="float16")
     with pytest.raises(ValueError, match="its vocab_size is 96, the parameters have 99"):
