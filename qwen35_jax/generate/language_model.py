@@ -200,14 +200,18 @@ class LanguageModel:
             blocks = generation.decode(streaming)
 
     def sampling(self, preset: str | None = None, **overrides) -> SamplingParams:
-        """Sampling parameters: the checkpoint's defaults, then the preset's, then `overrides` that are not None."""
+        """Sampling parameters: the checkpoint's defaults, then the preset's, then `overrides` that are not None.
+
+        Where the checkpoint's default is greedy it stays so unless a temperature, or top_k, top_p or min_p, asks for drawing.
+        """
         names = [f.name for f in dataclasses.fields(SamplingParams) if f.name != "seed"]
         unknown = set(overrides) - set(names)
         if unknown:
             raise TypeError(f"unknown options {sorted(unknown)}; sampling options are {names}")
         base = self.defaults if preset is None else sampling_preset(preset)
         values = {name: getattr(base, name) for name in names}
-        if preset is None and not self.defaults.do_sample:
+        draws = any(overrides.get(name) is not None for name in ("top_k", "top_p", "min_p"))
+        if preset is None and not self.defaults.do_sample and not draws:
             values["temperature"] = 0.0
         return SamplingParams(**(values | {k: v for k, v in overrides.items() if v is not None}))
 

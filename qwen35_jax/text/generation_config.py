@@ -18,7 +18,7 @@ LARGEST_FACTOR = 1_000_000  # of temperature and penalties: beyond any use, and 
 class GenerationConfig:
     """Sampling settings. The defaults are those of a checkpoint that says nothing: greedy, and every filter off.
 
-    `do_sample` False means the most likely token, whatever the temperature. `top_k` 0, `top_p` 1, `min_p` 0,
+    `do_sample` False means the most likely token, whatever the temperature here. `top_k` 0, `top_p` 1, `min_p` 0,
     `presence_penalty` 0 and `repetition_penalty` 1 switch the filter or penalty off.
     """
 

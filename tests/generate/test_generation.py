@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qwen35_jax import UserError
 from qwen35_jax.generate.generation import capacity_bucket, prompt_buckets, slot_bucket
+from qwen35_jax.text import GenerationConfig
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -144,6 +145,14 @@ def test_presets_and_overrides(tiny):
     assert tiny.sampling("instruct", top_k=None).top_k == 20
     with pytest.raises(UserError, match="unknown; there are"):
         tiny.sampling("wild")
+
+
+def test_greedy_defaults_give_way_to_what_only_drawing_uses(tiny, monkeypatch):
+    monkeypatch.setattr(tiny, "defaults", GenerationConfig(do_sample=False, temperature=0.6))
+    assert tiny.sampling().temperature == tiny.sampling(presence_penalty=1.0).temperature == 0.0
+    assert tiny.sampling(temperature=0.3).temperature == 0.3
+    for option in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}):
+        assert tiny.sampling(**option).temperature == 0.6
 
 
 @pytest.mark.parametrize(
