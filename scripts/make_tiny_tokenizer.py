@@ -98,12 +98,9 @@ def generation_config(tokenizer: Tokenizer) -> dict:
     end, pad = tokenizer.token_to_id("<|im_end|>"), tokenizer.token_to_id("<|endoftext|>")
     return {
         "bos_token_id": pad,
-        "do_sample": True,
+        "do_sample": False,
         "eos_token_id": [end, pad],
         "pad_token_id": pad,
-        "temperature": 0.6,
-        "top_k": 20,
-        "top_p": 0.95,
     }
 
 

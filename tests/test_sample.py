@@ -46,10 +46,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_main_job_on_eight_devices():
-    done = run("--mesh", "8x1", "--max_new_tokens", "6", "--random_weights", "--stats")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert "random weights" in done.stderr
+    done = run("--mesh", "8x1", "--stats")
+    assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
+    assert "random weights" not in done.stderr
     for line in ("load:", "compile:", "prefill:", "decode:", "ops:", "weights per device:", "state per device:"):
         assert line in done.stderr
     assert "gated_delta_rule=xla" in done.stderr
@@ -71,7 +70,7 @@ def test_json_batches_presets_and_prompt_files(tmp_path):
 def test_chat_remembers_resets_and_ends():
     lines = "Hello\n/reset\nAgain\n/exit\n"
     done = run("--chat", "--random_weights", "--max_new_tokens", "3", stdin=lines)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "random weights" in done.stderr, done.stderr
     assert done.stdout.count("> ") == 4
 
 

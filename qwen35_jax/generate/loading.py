@@ -63,7 +63,6 @@ def load(
         random_weights = True
     elif name == "tiny":
         config, directory = ModelConfig.preset(name), TINY
-        random_weights = random_weights or not (TINY / "model.safetensors").exists()
         source = None if random_weights else open_source(str(TINY))
     else:
         source = open_source(name, revision)
