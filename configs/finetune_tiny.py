@@ -1,9 +1,9 @@
-"""A few lines of your own for the packaged model: five minutes on two CPU cores, most of them compilation.
+"""A few lines of your own for the packaged model: two minutes on two CPU cores, half of them compilation.
 
     python -m qwen35_jax.train --config configs/finetune_tiny.py --workdir runs/mine \
         --config.data.train="('mine.jsonl',)" --export_hf runs/mine_hf
 
-Ten chats are learned by heart; what the model could do before, it mostly still can.
+Ten chats are learned by heart (the README's, to a loss of 0.001); what the model could do before, it mostly still can.
 """
 
 from ml_collections import ConfigDict
