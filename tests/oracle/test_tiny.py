@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers", minversion="5.23", reason="th
 
 TINY = ASSETS / "tiny"
 NEW_TOKENS = 120
-# One of every skill: (question, options of the chat template).
+# Every skill but the choice between tools: (question, options of the chat template).
 CHATS = [
     ("What is 37 + 58?", {}),
     ("What is 37 + 58?", {"enable_thinking": True}),
