@@ -44,7 +44,7 @@ CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal unt
 SYSTEM = flags.DEFINE_string("system", None, "system message")
 RAW = flags.DEFINE_bool("raw", False, "prompts are text to continue: no chat template")
 THINK = flags.DEFINE_bool("think", None, "let the model think first, or not; default: as its chat template has it")
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "the most tokens of one answer", lower_bound=1)
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "most tokens of an answer, if the context holds them", lower_bound=1)
 PRESET = flags.DEFINE_enum("preset", None, list(SAMPLING_PRESETS), "the model card's sampling settings by name")
 STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; repeatable")
 SEED = flags.DEFINE_integer("seed", 0, "of sampling, and of random weights", lower_bound=0, upper_bound=LARGEST_SEED)

@@ -189,11 +189,17 @@ def check_mesh(config: ModelConfig, sharding: Sharding) -> None:
     problem = _mesh_problem(config, sharding.mesh.shape["data"], sharding.model)
     if problem:
         count = sharding.mesh.size
-        sizes = [(d, count // d) for d in range(count, 0, -1) if count % d == 0]
-        good = [f"{d}x{m}" for d, m in sizes if not _mesh_problem(config, d, m)]
+        while not (good := _meshes(config, count)):  # 1x1 fits every model
+            count -= 1
         text = "x".join(str(n) for n in sharding.mesh.devices.shape[0 if sharding.mesh.shape["replica"] > 1 else 1 :])
-        advice = f"meshes of {count} devices that work: {', '.join(good)}" if good else f"no mesh of {count} devices works"
+        advice = f"meshes of {count} devices that work: {', '.join(good)}"
         raise UserError(f"mesh {text} does not fit this model: {problem}; {advice}")
+
+
+def _meshes(config: ModelConfig, count: int) -> list[str]:
+    """DATAxMODEL of every mesh of `count` devices that fits the model."""
+    sizes = [(d, count // d) for d in range(count, 0, -1) if count % d == 0]
+    return [f"{d}x{m}" for d, m in sizes if not _mesh_problem(config, d, m)]
 
 
 def _mesh_problem(config: ModelConfig, data: int, model: int) -> str | None:

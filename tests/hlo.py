@@ -30,11 +30,13 @@ _CHANNEL = re.compile(r"channel_id=(\d+)")
 @dataclasses.dataclass(frozen=True)
 class Collective:
     """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
-    reduce-scatter takes; of several arrays in one instruction the largest. `group` is the number of devices that talk
-    to each other, 0 where HLO does not say (permutes); `computation` the function in which it stands."""
+    reduce-scatter takes; of several arrays in one instruction the largest, an element of which has `bits`. `group` is the
+    number of devices that talk to each other, 0 where HLO does not say (permutes); `computation` the function in which it
+    stands."""
 
     kind: str
     bytes: int
+    bits: int
     group: int
     computation: str
     line: str
@@ -47,9 +49,10 @@ def _bits(dtype: str) -> int:
     return int(match.group()) if match else 0  # token, opaque
 
 
-def _largest_array(shape: str) -> int:
+def _largest_array(shape: str) -> tuple[int, int]:
+    """(bytes, bits of an element)."""
     arrays = [(_bits(dtype), dims.split(",")) for dtype, dims in _ARRAY.findall(shape)]
-    return max((bits * math.prod(int(d.lstrip("<=")) for d in dims if d) for bits, dims in arrays), default=0) // 8
+    return max(((bits * math.prod(int(d.lstrip("<=")) for d in dims if d) // 8, bits) for bits, dims in arrays), default=(0, 0))
 
 
 def _group(line: str) -> int:
@@ -73,13 +76,13 @@ def collectives(hlo: str) -> list[Collective]:
             computation = header.group(1)
         elif match := _INSTRUCTION.match(line):
             shape, kind, start = match.groups()
-            size, group = _largest_array(shape), _group(line)
+            (size, bits), group = _largest_array(shape), _group(line)
             if kind == "reduce-scatter" and not start:  # its signature shows the result; the asynchronous form both
                 size *= group
             channel = _CHANNEL.search(line)
             key = (kind, size, channel.group(1)) if channel else (len(found),)
             if first_seen.setdefault(key, computation) == computation:
-                found.append(Collective(kind, size, group, computation, line.strip()))
+                found.append(Collective(kind, size, bits, group, computation, line.strip()))
     return found
 
 

@@ -119,7 +119,7 @@ WRONG = [
     (["--top_k", "99999999999"], "top_k is 99999999999; it must be 0 (off) to 2147483647"),
     (["--mesh", "100000x1"], "at most 1024 virtual CPU devices"),
     (["--mesh", "99999999999999999999x1"], "is not a mesh"),
-    (["--prompt", "a\udcff", "--random_weights"], "U+DCFF at character"),
+    (["--prompt", "a\udcff", "--random_weights"], "U+DCFF behind '<|im_start|>user\\na'"),
     (["--random_weights", "--prompts_file", "half.jsonl"], "half.jsonl line 2: the text holds U+D800"),
     (
         ["--random_weights", "--prompts_file", "long.jsonl", "--raw"],

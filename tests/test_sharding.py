@@ -105,6 +105,7 @@ def test_repeated_heads_and_their_gradient(mesh):
         ("8x1", {"num_experts": 12}, r"data shards do not divide num_experts \(12\).*4x2"),
         ("1x8", {"vocab_size": 4095}, r"do not divide vocab_size \(4095\).*8x1"),
         ("1x8", {"shared_expert_intermediate_size": 100}, "shared_expert_intermediate_size"),
+        ("7x1", {}, "meshes of 4 devices that work: 4x1, 2x2, 1x4"),
     ],
 )
 def test_meshes_that_do_not_fit_name_those_that_do(mesh, change, message):

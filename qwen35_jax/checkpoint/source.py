@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import huggingface_hub
 import numpy as np
 from etils import epath
+from huggingface_hub import errors as hub
 
 from qwen35_jax.checkpoint.safetensors_file import Index, SafetensorsFile, TensorInfo, is_local
 from qwen35_jax.errors import UserError
@@ -23,6 +24,13 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What is copied beside the weights: config, tokenizer, chat template, preprocessors, vocabulary, licence.
 TEXT_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
 TEXT_NAMES = ("LICENSE", "NOTICE")
+# What the hub's errors mean, in a line; the first that fits.
+HUB_REASONS = (
+    (hub.GatedRepoError, "access is granted on its page, and then needs `hf auth login`"),
+    (hub.RepositoryNotFoundError, "there is none, or it is private and needs `hf auth login`"),
+    (hub.RevisionNotFoundError, "it has no such revision"),
+    (hub.LocalEntryNotFoundError, "it cannot be reached from here, and there is no copy in its cache"),
+)
 
 
 class Spec(Protocol):
@@ -169,7 +177,7 @@ def download(repo: str, revision: str | None = None) -> epath.Path:
         return epath.Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as e:  # every error of the hub's client is one of these: network, offline, 404, gated
         lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        reason = " ".join(lines[:2])[:300] or type(e).__name__
+        reason = next((text for kind, text in HUB_REASONS if isinstance(e, kind)), " ".join(lines[:2])[:300] or type(e).__name__)
         at = f" at revision {revision}" if revision else ""
         raise UserError(f"no directory {repo}, and the Hugging Face hub gave no {repo}{at}: {reason}") from None
 

@@ -113,9 +113,9 @@ class LanguageModel:
     def stream(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[Piece]:
         """Like `generate`, but yields text as it comes.
 
-        Options: max_new_tokens; preset (a name of the model card's settings) and temperature, top_k, top_p, min_p,
-        presence_penalty, repetition_penalty over the checkpoint's defaults; seed (one, or one a prompt); stop (strings);
-        ignore_eos; prefill_chunk (tokens read at once); for chats enable_thinking and tools.
+        Options: max_new_tokens (fewer where the context ends first); preset (a name of the model card's settings) and
+        temperature, top_k, top_p, min_p, presence_penalty, repetition_penalty over the checkpoint's defaults; seed (one, or
+        one a prompt); stop (strings); ignore_eos; prefill_chunk (tokens read at once); for chats enable_thinking and tools.
         """
         ids = [self.encode(p, **_template_options(options)) for p in self._prompts(prompts)]
         return self._run(ids, streaming=True, **_without_template_options(options))

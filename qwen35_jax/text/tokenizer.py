@@ -60,7 +60,7 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            bad = f"U+{ord(text[error.start]):04X} at character {error.start + 1}"
+            bad = f"U+{ord(text[error.start]):04X} behind {text[max(0, error.start - 20) : error.start]!r}"
             raise UserError(f"the text holds {bad}, which is no character: write it in UTF-8") from error
         return self._backend.encode(text, add_special_tokens=False).ids
 

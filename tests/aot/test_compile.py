@@ -94,7 +94,9 @@ def test_compiles(case, ceilings):
 
 
 def _check_collectives(case: Case, result: dict):
-    """Nothing as large as one activation but what is expected, and nothing larger than all tokens' in float32."""
+    """Nothing as large as one activation but what is expected, and nothing of more numbers than all tokens' activations.
+
+    Compilers may add in float32 what is bfloat16 before and after: such a sum has twice the bytes and is its own choice."""
     hidden, experts, layers = result["hidden_size"], result["experts"], result["unit_layers"]
     *replica, data, _ = (int(n) for n in case.mesh.split("x"))
     tokens = case.rows * (case.length if case.step == "prefill" else 1)
@@ -103,4 +105,6 @@ def _check_collectives(case: Case, result: dict):
     found = collections.Counter(kind for kind, *_ in large)
     expected = _expected(case, experts > 0, layers)
     assert all(count <= expected.get(kind, 0) for kind, count in found.items()), (found, expected, large)
-    assert max(size for _, size, *_ in large) <= 1.1 * tokens * hidden * 4, large
+    sums = ("all-reduce", "reduce-scatter")
+    numbers = [size // (4 if kind in sums and bits == 32 else 2) for kind, size, bits, _ in large]
+    assert max(numbers) <= 1.1 * tokens * hidden, large

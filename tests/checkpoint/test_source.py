@@ -119,11 +119,14 @@ def test_hub_ids(sharded, monkeypatch):
         calls.append((repo, revision))
         if revision == "broken":
             raise OSError("Connection refused\nsome\nmore lines")
+        if revision == "offline":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
         return str(sharded)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
     assert open_source("org/name", "main").directory.name == "hf"
     assert calls == [("org/name", "main")]
     _refused("org/name", "no directory org/name, .* at revision broken: Connection refused", "broken")
+    _refused("org/name", "no directory org/name, .* at revision offline: it cannot be reached", "offline")
     _refused(sharded, "a revision belongs to a hub id", "main")
     _refused("../name", "no such directory")

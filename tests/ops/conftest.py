@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import pytest
 
+_traced_in = []  # the form of the test before, "" where it had none
+
 
 @pytest.fixture(params=["cpu", "default"])
 def form(request, monkeypatch):
@@ -15,3 +17,12 @@ def form(request, monkeypatch):
 
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def forms_apart(request):
+    """What was traced in one form would be used again in another for the same shapes."""
+    now = request.getfixturevalue("form") if "form" in request.fixturenames else ""
+    if _traced_in != [now]:
+        jax.clear_caches()
+        _traced_in[:] = [now]

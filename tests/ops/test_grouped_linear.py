@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 
@@ -52,7 +53,7 @@ def error(a, b):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_values(name):
+def test_values(form, name):
     sizes = jnp.asarray(SIZES[name], jnp.int32)
     for dtype, bound in ((jnp.float32, 1e-6), (jnp.bfloat16, 4e-3)):
         x, w = operands(dtype=dtype)
@@ -63,7 +64,7 @@ def test_values(name):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 33])
-def test_few_rows(rows):
+def test_few_rows(form, rows):
     for sizes in ([rows, 0, 0, 0, 0], [0, rows - 1, 0, 0, 1], [0, 0, 0, 0, rows - 1]):
         x, w = operands(rows, dtype=jnp.bfloat16)
         y = jax.jit(grouped_linear)(x, w, jnp.asarray(sizes, jnp.int32))
@@ -78,7 +79,7 @@ def test_several_input_axes_and_nothing():
 
 
 @pytest.mark.parametrize("name", ["ragged", "all in one", "none"])
-def test_fp8(name):
+def test_fp8(form, name):
     x, w = operands()
     q = quantize_weight(w, (1, 3))
     sizes = jnp.asarray(SIZES[name], jnp.int32)
@@ -88,20 +89,28 @@ def test_fp8(name):
     assert error(jax.jit(grouped_linear)(x, q, sizes), dense(x, rounded, SIZES[name])) < 4e-3
 
 
+def loss(f, x, w, sizes, c):
+    return (c * f(x, w, sizes)).sum()
+
+
+# Compiled once for all sizes of the groups, and anew for each form.
+gradients = jax.jit(jax.grad(functools.partial(loss, grouped_linear), (0, 1)))
+gradient_of_x = jax.jit(jax.grad(functools.partial(loss, grouped_linear)))
+
+
 @pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gradients(name, dtype):
+def test_gradients(form, name, dtype):
     x, w = operands(dtype=dtype)
     sizes = jnp.asarray(SIZES[name], jnp.int32)
     c = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, *OUT)), jnp.float32)
     bound = 2e-6 if dtype == jnp.float32 else 1e-2
-    expected = jax.grad(lambda x, w: (c * grouped_linear_reference(x, w, sizes)).sum(), (0, 1))(x, w)
-    got = jax.jit(jax.grad(lambda x, w: (c * grouped_linear(x, w, sizes)).sum(), (0, 1)))(x, w)
-    for a, b in zip(got, expected, strict=True):
+    expected = jax.grad(functools.partial(loss, grouped_linear_reference), (0, 1))(x, w, sizes, c)
+    for a, b in zip(gradients(x, w, sizes, c), expected, strict=True):
         assert a.dtype == dtype and a.shape == b.shape and error(a, b) < bound
     q = quantize_weight(w, (1, 3))
-    expected = jax.grad(lambda x: (c * grouped_linear_reference(x, q, sizes)).sum())(x)
-    assert error(jax.jit(jax.grad(lambda x: (c * grouped_linear(x, q, sizes)).sum()))(x), expected) < bound
+    expected = jax.grad(functools.partial(loss, grouped_linear_reference))(x, q, sizes, c)
+    assert error(gradient_of_x(x, q, sizes, c), expected) < bound
 
 
 def test_shard_map_over_groups():

@@ -156,7 +156,7 @@ def test_ids_without_a_token(tiny):
 
 @pytest.mark.parametrize("text", [b"a\xff".decode("utf-8", "surrogateescape"), json.loads('"a\\ud800"')])
 def test_what_is_no_text(tiny, text):
-    with pytest.raises(UserError, match=r"holds U\+D[8C].. at character 2, which is no character"):
+    with pytest.raises(UserError, match=r"holds U\+D[8C].. behind 'a', which is no character"):
         tiny.encode(text)
 
 
