@@ -25,7 +25,10 @@ def pytest_configure(config):
     # Small programs, run once: compiling them well takes longer than running them badly.
     jax.config.update("jax_disable_most_optimizations", True)
     if jax.__version_info__ < (0, 11):  # half the compile time; later ones know only the other emitters
-        os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_use_fusion_emitters=false"
+        jax.devices()  # reads them: the commands that tests start optimise, which takes twice as long with this one
+        os.environ["XLA_FLAGS"] = given
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
