@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import jax
 from absl import flags
 
+from qwen35_jax import hosts
 from qwen35_jax.config import PRESETS
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
@@ -43,7 +44,7 @@ PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'one prompt a line, or 
 CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit")
 SYSTEM = flags.DEFINE_string("system", None, "system message")
 RAW = flags.DEFINE_bool("raw", False, "prompts are text to continue: no chat template")
-THINK = flags.DEFINE_bool("think", None, "let the model think first, or not; default: as its chat template has it")
+THINK = flags.DEFINE_bool("think", None, "let the model think first, or not; default: as --preset or the chat template has it")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 256, "most tokens of an answer, if the context holds them", lower_bound=1)
 PRESET = flags.DEFINE_enum("preset", None, list(SAMPLING_PRESETS), "the model card's sampling settings by name")
 STOP = flags.DEFINE_multi_string("stop", [], "text that ends an answer; repeatable")
@@ -64,6 +65,8 @@ SAMPLING = {
     "repetition_penalty": flags.DEFINE_float("repetition_penalty", None, "divides the logits of tokens already seen"),
 }
 
+hosts.declare_flags()
+
 
 def main(arguments: list[str]) -> None:
     """Flags to options, one call, and the printing of what comes."""
@@ -71,6 +74,7 @@ def main(arguments: list[str]) -> None:
     prompts = [] if CHAT.value else _prompts()
     if PROFILE.value is not None:
         _make_writable(PROFILE.value)
+    hosts.join(MESH.value)
     lm = load(
         _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",
         MESH.value,
@@ -81,7 +85,7 @@ def main(arguments: list[str]) -> None:
         seed=SEED.value,
         random_weights=RANDOM.value,
     )
-    if lm.random_weights:
+    if lm.random_weights and hosts.is_first():
         print(f"note: {MODEL.value or 'tiny'} has random weights here; its text has no meaning", file=sys.stderr)
     options = _sampling() | {
         "max_new_tokens": MAX_NEW_TOKENS.value,
@@ -97,7 +101,7 @@ def main(arguments: list[str]) -> None:
             print_json(lm, prompts, options)
         else:
             print_streams(lm, prompts, options)
-    if STATS.value:
+    if STATS.value and hosts.is_first():
         print_stats(lm.stats())
 
 
@@ -116,6 +120,7 @@ def _check(arguments: list[str]) -> None:
         (RAW.value and THINK.value is not None, "--raw uses no chat template, so --think and --nothink mean nothing"),
         (CHAT.value and (PROMPT.value or PROMPTS_FILE.value), "--chat reads prompts from the terminal: leave --prompt out"),
         (CHAT.value and (RAW.value or JSON.value), "--chat goes with neither --raw nor --json"),
+        (CHAT.value and hosts.COORDINATOR.value, "--chat reads one terminal: it does not go with --coordinator"),
     )
     for wrong, message in exclusive:
         if wrong:
@@ -159,12 +164,18 @@ def _prompts() -> list[tuple[str, str | list]]:
     return [(where, system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)) for where, p in placed]
 
 
+def _thinking() -> bool | None:
+    if THINK.value is None and PRESET.value is not None:
+        return SAMPLING_PRESETS[PRESET.value].enable_thinking
+    return THINK.value
+
+
 def _encode(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[list[int]]:
     """Token ids; UserError names the place of a prompt that cannot be used."""
     ids = []
     for where, prompt in prompts:
         try:
-            ids.append(lm.encode(prompt, enable_thinking=THINK.value))
+            ids.append(lm.encode(prompt, enable_thinking=_thinking()))
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
     return ids

@@ -14,6 +14,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -54,11 +56,14 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
     count = shape[0] * shape[1] * shape[2]
     if devices is None:
         try:
-            if jax.config.jax_num_cpu_devices < count <= MAX_VIRTUAL_DEVICES:
+            if jax.config.jax_num_cpu_devices < count <= MAX_VIRTUAL_DEVICES and not jax.distributed.is_initialized():
                 jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:
             pass  # JAX is running already: what it has is counted below
         devices = _devices()
+        if jax.process_count() > 1 and len(devices) > count:
+            hosts = f"{jax.process_count()} hosts have {len(devices)}"
+            raise UserError(f"mesh {text} has {count} devices, but {hosts}: a mesh of several hosts must have all of them")
     if len(devices) < count:
         kind = devices[0].device_kind
         if devices[0].platform != "cpu":
@@ -69,6 +74,11 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
             hint = "start a new Python process"
         raise UserError(f"mesh {text} needs {count} devices, but there are {len(devices)} ({kind}): {hint}")
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array, also where other hosts hold parts of it; then all must call this."""
+    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 def _devices() -> list[jax.Device]:

@@ -24,6 +24,7 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 # Three spellings of who talks to whom: [groups,size]<=..., {{0,1},{2,3}}, mesh['data'=2,'model'=4] {'data'}
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
+_JOINED = re.compile(r"(?:all-reduce|reduce-scatter)(?:-start)?\(%?[\w.\-]*concatenate[\w.\-]*\)")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 
 
@@ -32,13 +33,14 @@ class Collective:
     """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
     reduce-scatter takes; of several arrays in one instruction the largest, an element of which has `bits`. `group` is the
     number of devices that talk to each other, 0 where HLO does not say (permutes); `computation` the function in which it
-    stands."""
+    stands; `joined` whether the compiler made it of several, whose arrays it lays end to end."""
 
     kind: str
     bytes: int
     bits: int
     group: int
     computation: str
+    joined: bool
     line: str
 
 
@@ -82,7 +84,8 @@ def collectives(hlo: str) -> list[Collective]:
             channel = _CHANNEL.search(line)
             key = (kind, size, channel.group(1)) if channel else (len(found),)
             if first_seen.setdefault(key, computation) == computation:
-                found.append(Collective(kind, size, bits, group, computation, line.strip()))
+                joined = bool(_JOINED.search(line))
+                found.append(Collective(kind, size, bits, group, computation, joined, line.strip()))
     return found
 
 

@@ -55,15 +55,17 @@ def test_asynchronous_forms():
 ENTRY %main.5_spmd (p: bf16[4,8]) -> bf16[8,8] {
   %a = (bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/bf16[8,8]{1,0}) all-gather-start(%p), replica_groups=[1,2]<=[2]
   %b = bf16[8,8]{1,0} all-gather-done(%a), metadata={op_name="jit(f)/all-gather(x)"}
+  %e = bf16[64]{0} all-reduce-start(%wrapped_concatenate.2), replica_groups=[1,2]<=[2]
   %c = f8e4m3fn[16]{0} all-reduce-start(%q), replica_groups=mesh['data'=2,'model'=4] {'data','model'}
   ROOT %d = bf16[8,8]{1,0} fusion(%b, %all-reduce.3), kind=kLoop
 }
 """
-    found = [(c.kind, c.bytes, c.group, c.computation) for c in hlo.collectives(text)]
+    found = [(c.kind, c.bytes, c.group, c.computation, c.joined) for c in hlo.collectives(text)]
     assert found == [
-        ("reduce-scatter", 64, 2, "async_computation"),
-        ("all-gather", 128, 2, "main.5_spmd"),
-        ("all-reduce", 16, 8, "main.5_spmd"),
+        ("reduce-scatter", 64, 2, "async_computation", False),
+        ("all-gather", 128, 2, "main.5_spmd", False),
+        ("all-reduce", 128, 2, "main.5_spmd", True),
+        ("all-reduce", 16, 8, "main.5_spmd", False),
     ]
 
 

@@ -12,8 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from qwen35_jax.config import ASSETS
+from qwen35_jax.text import ChatTemplate, Tokenizer
+from tests.forked import FAST, run_all
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "moe"
@@ -25,16 +28,6 @@ def command(*arguments: str) -> list[str]:
 
 def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
     return subprocess.run(command(*arguments), input=stdin, capture_output=True, text=True, timeout=400, cwd=ROOT)
-
-
-def run_all(cases: list[list[str]], cwd: Path) -> list[subprocess.CompletedProcess]:
-    """Like `run` for each case, but with one start of Python."""
-    program = [sys.executable, "-W", "ignore", "-m", "tests.forked_sample"]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, input=json.dumps(cases), capture_output=True, text=True, timeout=400, cwd=cwd, env=env)
-    assert done.returncode == 0, done.stderr
-    results = zip(cases, json.loads(done.stdout), strict=True)
-    return [subprocess.CompletedProcess(case, *result) for case, result in results]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +51,14 @@ def test_json_batches_presets_and_prompt_files(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Hi"}]
     prompts.write_text(json.dumps({"prompt": "Second"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
-    common = ("--random_weights", "--max_new_tokens", "4", "--preset", "instruct", "--seed", "3", "--json", "--nothink")
+    common = ("--random_weights", "--max_new_tokens", "4", "--preset", "thinking", "--seed", "3", "--json")
     done = run("--prompt", "First", "--prompts_file", str(prompts), "--system", "Be brief.", *common)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["prompt"][-1]["content"] for r in records] == ["First", "Second", "Hi"]
     assert records[0]["prompt"][0] == {"role": "system", "content": "Be brief."}
+    thinking = ChatTemplate.from_directory(ASSETS / "tiny").render(records[2]["prompt"], enable_thinking=True)
+    assert records[2]["prompt_tokens"] == len(Tokenizer.from_directory(ASSETS / "tiny").encode(thinking))
     assert all(len(r["token_ids"]) <= 4 and r["finish_reason"] in ("stop", "length") for r in records)
 
 
@@ -126,6 +121,9 @@ WRONG = [
         "long.jsonl line 1: a prompt has 18000 tokens, but the context is 8192",
     ),
     (["--prompts_file", "chat.jsonl", "--raw"], "chat.jsonl line 1 has messages, but --raw takes text"),
+    (["--checkpoint", "empty"], "empty is empty: expected config.json"),
+    (["--hosts", "2"], "--hosts and --host belong to --coordinator"),
+    (["--chat", "--coordinator", "auto"], "it does not go with --coordinator"),
 ]
 
 
@@ -133,12 +131,13 @@ WRONG = [
 def refusals(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
     cwd = tmp_path_factory.mktemp("wrong")
     (cwd / "0.8b").mkdir()
+    (cwd / "empty").mkdir()
     shutil.copy(GOLDEN / "config.json", cwd / "0.8b")
     (cwd / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
     (cwd / "long.jsonl").write_text(json.dumps({"prompt": "1 " * 9000}))
     (cwd / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
     cases = [arguments for arguments, _ in WRONG]
-    return {" ".join(done.args): done for done in run_all(cases, cwd)}
+    return {" ".join(done.args): done for done in run_all("qwen35_jax.sample", cases, cwd)}
 
 
 @pytest.mark.parametrize(("arguments", "message"), WRONG, ids=[" ".join(a).encode("ascii", "replace").decode() for a, _ in WRONG])
@@ -153,26 +152,55 @@ def one_line(done: subprocess.CompletedProcess, message: str) -> None:
     assert message in errors[0]
 
 
-def test_broken_checkpoints(checkpoint, tmp_path):
-    (weights,) = checkpoint.glob("*.safetensors")
-
-    def broken(change) -> subprocess.CompletedProcess:
-        copy = tmp_path / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        shutil.copytree(checkpoint, copy)
-        change(copy)
-        return run("--checkpoint", str(copy), "--raw", "--prompt", "x")
-
-    def edit_config(copy: Path, old: str, new: str) -> None:
-        config = copy / "config.json"
+def _edit_config(old: str, new: str):
+    def change(directory: Path) -> None:
+        config = directory / "config.json"
         assert old in config.read_text()
         config.write_text(config.read_text().replace(old, new))
 
-    one_line(broken(lambda c: (c / weights.name).unlink()), "safetensors")
-    one_line(broken(lambda c: (c / weights.name).write_bytes(weights.read_bytes()[:5000])), weights.name)
-    one_line(broken(lambda c: (c / "config.json").write_text("{")), "config.json")
-    one_line(broken(lambda c: edit_config(c, "qwen3_5_moe_text", "llama")), "llama")
-    one_line(broken(lambda c: edit_config(c, '"hidden_size": ', '"hidden_size": 1')), "shape")
+    return change
+
+
+def _edit_tensors(change):
+    def edit(directory: Path) -> None:
+        (path,) = directory.glob("*.safetensors")
+        tensors = load_file(path)
+        path.unlink()
+        change(tensors, directory)
+
+    return edit
+
+
+def _without_one(tensors: dict, directory: Path) -> None:
+    del tensors[sorted(tensors)[0]]
+    save_file(tensors, directory / "model.safetensors")
+
+
+def _a_shard_is_missing(tensors: dict, directory: Path) -> None:
+    names = sorted(tensors)
+    shards = {name: f"model-0000{1 + (i % 2)}-of-00002.safetensors" for i, name in enumerate(names)}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+    save_file({name: tensors[name] for name in names[::2]}, directory / shards[names[0]])
+
+
+BROKEN = {
+    "no weights": (lambda d: next(d.glob("*.safetensors")).unlink(), "safetensors"),
+    "truncated": (lambda d: os.truncate(next(d.glob("*.safetensors")), 5000), "safetensors"),
+    "tensor missing": (_edit_tensors(_without_one), "missing"),
+    "shard missing": (_edit_tensors(_a_shard_is_missing), "model-00002-of-00002.safetensors"),
+    "no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json"),
+    "another model": (_edit_config("qwen3_5_moe_text", "llama"), "llama"),
+    "another shape": (_edit_config('"hidden_size": ', '"hidden_size": 1'), "shape"),
+}
+
+
+def test_broken_checkpoints(checkpoint, tmp_path):
+    for name, (change, _) in BROKEN.items():
+        shutil.copytree(checkpoint, tmp_path / name)
+        change(tmp_path / name)
+    cases = [["--checkpoint", name, "--raw", "--prompt", "x"] for name in BROKEN]
+    for done, (_, message) in zip(run_all("qwen35_jax.sample", cases, tmp_path), BROKEN.values(), strict=True):
+        one_line(done, message)
 
 
 def test_a_template_that_tries_to_escape(tmp_path, checkpoint):
@@ -180,6 +208,16 @@ def test_a_template_that_tries_to_escape(tmp_path, checkpoint):
     shutil.copy(ASSETS / "tiny" / "tokenizer.json", tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__[1].__subclasses__() }}")
     one_line(run("--checkpoint", str(tmp_path), "--prompt", "x"), "sandbox")
+
+
+def test_flags_that_the_other_tests_leave_out(tmp_path):
+    """Everything that the first answer is without --stop, up to the sign; the trace is where it was asked for."""
+    arguments = ["--checkpoint", str(ASSETS / "tiny"), "--dtype", "float32", "--kernels", "xla", "--raw", "--stop", "="]
+    arguments += ["--profile", "trace", "--seed", "5", "--prefill_chunk", "16", "--top_k", "1", "--max_new_tokens", "9"]
+    text = "<|im_start|>user\nWhat is 37 + 58?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    (done,) = run_all("qwen35_jax.sample", [[*arguments, "--prompt", text]], tmp_path, **FAST)
+    assert (done.returncode, done.stdout) == (0, "37 + 58 \n"), done.stderr
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
 def test_help_names_every_flag_and_exits_well():

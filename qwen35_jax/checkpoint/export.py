@@ -24,6 +24,7 @@ from qwen35_jax.checkpoint.source import INDEX, SINGLE, TensorSource, check_dire
 from qwen35_jax.checkpoint.staging import staging
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
+from qwen35_jax.sharding import to_host
 
 FLOAT32 = (".A_log", ".linear_attn.norm.weight")  # as published; everything else is of the export's dtype
 SHARD_BYTES = 5_000_000_000
@@ -193,17 +194,13 @@ def _on_host(x: jax.Array, unit: int | None, order: tuple[int, ...], dtype: np.d
     # Cut along an axis that no device shares with another: the pieces are gathered without moving anything first.
     axis = next((i for i, a in enumerate(order) if x.shape[i] > 1 and place[a] is None), None)
     if axis is None or x.nbytes <= PIECE_BYTES:
-        return _gathered(x)
+        return to_host(x)
     out = np.empty(x.shape, dtype)
     step = max(1, PIECE_BYTES * x.shape[axis] // x.nbytes)
     for start in range(0, x.shape[axis], step):
         size = min(step, x.shape[axis] - start)
-        out[(slice(None),) * axis + (slice(start, start + size),)] = _gathered(_piece(x, start, size, axis))
+        out[(slice(None),) * axis + (slice(start, start + size),)] = to_host(_piece(x, start, size, axis))
     return out
-
-
-def _gathered(x: jax.Array) -> np.ndarray:
-    return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
 @functools.partial(jax.jit, static_argnames=("order", "dtype"))

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import steps
 from qwen35_jax.generate.sampling import SamplingParams, control_arrays
 from qwen35_jax.model import Model
+from qwen35_jax.sharding import to_host
 
 SMALLEST_BUCKET = 64
 # A streaming caller gets tokens at least this often (seconds), as soon as the speed is known.
@@ -193,7 +195,7 @@ class Generation:
             self.session = prefill(params, self.session, tokens, count, slot_ids)
             offset += length
         self.session, chosen = first(params, self.session, self.controls, self.alive)
-        chosen = np.asarray(chosen)
+        chosen = to_host(chosen)
         self.timing.prefill_seconds += time.perf_counter() - begin
         self.timing.prefill_tokens += sum(len(r.tokens) for r in self.requests)
         self._note_done()
@@ -205,7 +207,7 @@ class Generation:
         decode = self._program(steps.make_decode)
         begin = time.perf_counter()
         self.session, tokens = decode(self.programs.params, self.session, self.controls, np.int32(count))
-        tokens = np.asarray(tokens)
+        tokens = to_host(tokens)
         elapsed = time.perf_counter() - begin
         done = int(np.max(np.sum(tokens >= 0, axis=1)))
         self.seconds_per_token = elapsed / max(done, 1)
@@ -220,10 +222,12 @@ class Generation:
     def _steps(self) -> int:
         if self.seconds_per_token is None:
             return 1
-        return int(np.clip(STREAM_INTERVAL / self.seconds_per_token, 1, steps.MAX_STEPS))
+        count = np.int32(np.clip(STREAM_INTERVAL / self.seconds_per_token, 1, steps.MAX_STEPS))
+        # Every host must ask for the same number, and their clocks differ.
+        return int(count if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(count))
 
     def _note_done(self) -> None:
-        self.alive = ~np.asarray(self.session["done"])
+        self.alive = ~to_host(self.session["done"])
 
     def stop(self, row: int) -> None:
         """Ends a row from outside (a stop string was found); its next tokens are not computed."""

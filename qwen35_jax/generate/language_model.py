@@ -115,7 +115,8 @@ class LanguageModel:
 
         Options: max_new_tokens (fewer where the context ends first); preset (a name of the model card's settings) and
         temperature, top_k, top_p, min_p, presence_penalty, repetition_penalty over the checkpoint's defaults; seed (one, or
-        one a prompt); stop (strings); ignore_eos; prefill_chunk (tokens read at once); for chats enable_thinking and tools.
+        one a prompt); stop (strings); ignore_eos; prefill_chunk (tokens read at once); for chats tools and enable_thinking
+        (default: as the preset has it, or else the template).
         """
         ids = [self.encode(p, **_template_options(options)) for p in self._prompts(prompts)]
         return self._run(ids, streaming=True, **_without_template_options(options))
@@ -267,7 +268,10 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _template_options(options: dict) -> dict:
-    return {name: options[name] for name in ("enable_thinking", "tools") if name in options}
+    chosen = {name: options[name] for name in ("enable_thinking", "tools") if options.get(name) is not None}
+    if options.get("preset") is not None:
+        chosen.setdefault("enable_thinking", sampling_preset(options["preset"]).enable_thinking)
+    return chosen
 
 
 def _without_template_options(options: dict) -> dict:

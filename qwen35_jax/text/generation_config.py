@@ -33,16 +33,11 @@ class GenerationConfig:
     pad_token_id: int | None = None
     bos_token_id: int | None = None
 
-    def with_preset(self, name: str) -> "GenerationConfig":
-        """These settings with the sampling values of a named preset; the token ids stay."""
-        preset = sampling_preset(name)
-        values = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset) if f.name != "enable_thinking"}
-        return dataclasses.replace(self, do_sample=True, **values)
-
 
 @dataclasses.dataclass(frozen=True)
 class SamplingPreset:
-    """One row of the model card's table of recommended settings. `enable_thinking` is the mode the row is meant for."""
+    """One row of the model card's table of recommended settings. `enable_thinking` is the mode the row is meant for:
+    chats are rendered so unless the caller says otherwise."""
 
     enable_thinking: bool
     temperature: float

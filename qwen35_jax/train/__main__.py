@@ -13,6 +13,7 @@ from pathlib import Path
 from absl import flags, logging
 from ml_collections import config_flags
 
+from qwen35_jax import hosts
 from qwen35_jax.errors import UserError
 from qwen35_jax.train.loop import Interrupted, train
 
@@ -32,6 +33,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "directory for checkpoints and me
 EXPORT_HF = flags.DEFINE_string("export_hf", None, "write the trained model here as a Hugging Face directory; local or gs://")
 PROFILE = flags.DEFINE_string("profile", None, "write a jax.profiler trace of three steps to this directory")
 
+hosts.declare_flags()
+
 
 def main(arguments: list[str]) -> None:
     """Flags to one call."""
@@ -44,6 +47,7 @@ def main(arguments: list[str]) -> None:
         if flag.value is None:
             raise UserError(f"--{flag.name} is missing; see --help")
     logging.set_verbosity(logging.WARNING)
+    hosts.join(CONFIG.value.mesh)
     try:
         train(CONFIG.value, WORKDIR.value, export_dir=EXPORT_HF.value, profile_dir=PROFILE.value)
     except Interrupted as stop:

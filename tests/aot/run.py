@@ -79,7 +79,7 @@ def _training(case: Case) -> Program:
 
 
 def compile_case(case: Case) -> dict:
-    """Seconds, bytes per device and collectives [kind, bytes, bits an element, computation] of the compiled step, and the sizes
+    """Seconds, bytes per device and collectives [kind, bytes, bits an element, joined] of the compiled step, and the sizes
     of the model that they follow from."""
     config, start = _config(case), time.perf_counter()
     lowered = make_program(case).lower()
@@ -96,7 +96,7 @@ def compile_case(case: Case) -> dict:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        "collectives": [[c.kind, c.bytes, c.bits, c.computation] for c in hlo.collectives(text)],
+        "collectives": [[c.kind, c.bytes, c.bits, c.joined] for c in hlo.collectives(text)],
     }
 
 

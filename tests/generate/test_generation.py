@@ -48,7 +48,7 @@ def test_greedy_answer_is_the_argmax_of_the_full_forward_pass(tiny):
 
 
 def test_chunked_prefill_and_unequal_batches_change_nothing(tiny):
-    prompts = [prompt(n, n) for n in (150, 3, 64, 65, 1)]
+    prompts = [prompt(n, n) for n in (120, 3, 64, 65, 1)]
     alone = [tiny.generate([p], max_new_tokens=8, prefill_chunk=64, **GREEDY)[0].token_ids for p in prompts]
     together = tiny.generate(prompts, max_new_tokens=8, **GREEDY)
     chunked = tiny.generate(prompts, max_new_tokens=8, prefill_chunk=64, **GREEDY)
@@ -137,6 +137,8 @@ def test_chats_go_through_the_template(tiny):
     assert thinking != ids
     (done,) = tiny.generate([chat], max_new_tokens=2, enable_thinking=True)
     assert done.prompt_token_ids == thinking
+    for options, prompt in (({"preset": "thinking"}, thinking), ({"preset": "thinking", "enable_thinking": False}, ids)):
+        assert tiny.generate([chat], max_new_tokens=2, **options)[0].prompt_token_ids == prompt
 
 
 def test_presets_and_overrides(tiny):

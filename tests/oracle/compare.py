@@ -72,7 +72,7 @@ def check(reference, logits, label: str, limit: float = 1e-5) -> Comparison:
     return result
 
 
-def check_greedy(expected: list[int], tokens: list[int], oracle_logits, label: str, error: float = 1e-3) -> None:
+def check_greedy(expected: list[int], tokens: list[int], oracle_logits, label: str, error: float) -> None:
     """Fails unless greedy `tokens` equal `expected`, the oracle's own.
 
     Where they part at a near tie, the rest is judged by the oracle given what was said: `oracle_logits(tokens)` returns
@@ -90,18 +90,20 @@ def check_greedy(expected: list[int], tokens: list[int], oracle_logits, label: s
     warnings.warn(f"{label}: near ties of the oracle decided differently at tokens {ties}", stacklevel=2)
 
 
-def layer_report(reference: list, outputs, kinds: list[str], tolerance: float = 1e-3) -> str:
-    """Where numbers part: the relative error of each hidden state, and the first that exceeds `tolerance`.
-
-    `reference` and `outputs` hold the hidden states [B,T,D] after the embedding and after each layer of `kinds`.
-    """
-    lines, first = [], None
-    for i, (a, b) in enumerate(zip(reference, outputs, strict=True)):
+def layer_errors(reference: list, outputs) -> list[tuple[float, list[int]]]:
+    """(relative error, [row, token] of the largest) of each hidden state [B, T, D]: after the embedding and after each layer."""
+    errors = []
+    for a, b in zip(reference, outputs, strict=True):
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         relative = float(np.sqrt(((a - b) ** 2).mean() / (a**2).mean()))
-        name = "embedding" if i == 0 else f"layer {i - 1} ({kinds[i - 1]})"
-        worst = [int(n) for n in np.unravel_index(np.abs(a - b).max(axis=-1).argmax(), a.shape[:-1])]
-        lines.append(f"  {name}: relative error {relative:.1e}, worst at row, token {worst}")
-        if first is None and not relative < tolerance:
-            first = name
+        worst = np.unravel_index(np.abs(a - b).max(axis=-1).argmax(), a.shape[:-1])
+        errors.append((relative, [int(n) for n in worst]))
+    return errors
+
+
+def layer_report(errors: list[tuple[float, list[int]]], kinds: list[str], limit: float) -> str:
+    """Where numbers part: each of `layer_errors` under its layer's kind, and the first that is not below `limit`."""
+    names = ["embedding", *(f"layer {i} ({kind})" for i, kind in enumerate(kinds))]
+    first = next((name for name, (relative, _) in zip(names, errors, strict=True) if not relative < limit), None)
+    lines = [f"  {name}: relative error {e:.1e}, worst at row, token {at}" for name, (e, at) in zip(names, errors, strict=True)]
     return f"first bad: {first or 'none: look at the final norm and the head'}\n" + "\n".join(lines)

@@ -77,10 +77,3 @@ def test_presets():
     assert [p.enable_thinking for p in SAMPLING_PRESETS.values()] == [True, True, False, False, False]
     with pytest.raises(UserError, match="'creative' is unknown; there are thinking, coding"):
         sampling_preset("creative")
-
-
-def test_preset_over_a_config():
-    config = GenerationConfig(temperature=0.1, eos_token_ids=(5,), pad_token_id=4).with_preset("reasoning")
-    assert config == GenerationConfig(
-        do_sample=True, temperature=1.0, top_p=1.0, top_k=40, presence_penalty=2.0, eos_token_ids=(5,), pad_token_id=4
-    )  # fmt: skip

@@ -26,7 +26,8 @@ MLP = {f"mlp/{part}/{name}" for part in ("experts", "shared") for name in ("gate
 
 def small_model(mesh="1x1"):
     """One layer of each kind, with experts and MTP."""
-    config = ModelConfig.preset("tiny").replace(num_hidden_layers=2, full_attention_interval=2, dtype="float32")
+    changes = {"num_hidden_layers": 2, "full_attention_interval": 2, "num_experts": 8, "dtype": "float32"}
+    config = ModelConfig.preset("tiny").replace(**changes)
     return Model(config, Sharding(make_mesh(mesh)))
 
 

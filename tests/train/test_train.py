@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 
 import qwen35_jax
+from tests.forked import FAST, run_all
 
 ROOT = Path(__file__).parents[2]
 CONFIG = """
 from tests.train.conftest import small_config
 
 def get_config():
-    return small_config(data__train=({chats!r},), data__eval=({chats!r},), steps=12, log_every=1, checkpoint__every=4)
+    data = dict(data__train=({chats!r},), data__eval=({chats!r},))
+    return small_config(**data, steps=12, log_every=1, checkpoint__every=4, loss__mtp=0.0)
 """
 
 
@@ -30,11 +32,14 @@ def start(tmp_path, chats):
     config.write_text(CONFIG.format(chats=str(chats)))
 
     def run(*arguments: str) -> subprocess.Popen:
-        flags = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "true", "PYTHONPATH": str(ROOT)}
-        flags |= {"JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax")}
         command = [sys.executable, "-m", "qwen35_jax.train", "--config", str(config), *arguments]
         return subprocess.Popen(
-            command, cwd=tmp_path, env=os.environ | flags, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command,
+            cwd=tmp_path,
+            env=os.environ | FAST | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     return run
@@ -89,34 +94,36 @@ def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
     assert lm.generate("Once", max_new_tokens=2, temperature=0)[0].token_ids
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--config.step=3", "--workdir", "w"), "step"),
-        (("--config.steps=0", "--workdir", "w"), "config.steps is 0; it must be at least 1"),
-        ((), "--workdir is missing"),
-        (("--config.data.train=('nowhere.jsonl',)", "--workdir", "w"), "nowhere.jsonl"),
-        (("--config.model.random_weights=false", "--workdir", "w"), "config.model.changes"),
-        (("--config.freeze=('nothing_like_it',)", "--workdir", "w"), "nothing_like_it"),
-        (("--config.mesh=3x1", "--workdir", "w"), "mesh"),
-        (("--config", "nowhere.py", "--workdir", "w"), "no such file: nowhere.py"),
-        (("--config", "syntax.py", "--workdir", "w"), "syntax.py line 1: invalid syntax"),
-        (("--config", "field.py", "--workdir", "w"), '"stepz" does not exist'),
-        (("--config.checkpoint.best_metric=accuracy", "--workdir", "w"), "config.checkpoint.best_metric is 'accuracy'"),
-        (("--config.data.train=('bad.jsonl',)", "--workdir", "w"), "bad.jsonl:1: the line is not valid JSON"),
-        (("--workdir", "w", "--export_hf", "."), "exists already"),
-    ],
-)
-def test_wrong_input_is_one_line(start, tmp_path, arguments, message):
+WRONG = [
+    (["--config.step=3", "--workdir", "w"], "step"),
+    (["--config.steps=0", "--workdir", "w"], "config.steps is 0; it must be at least 1"),
+    ([], "--workdir is missing"),
+    (["--config.data.train=('nowhere.jsonl',)", "--workdir", "w"], "nowhere.jsonl"),
+    (["--config.model.random_weights=false", "--workdir", "w"], "config.model.changes"),
+    (["--config.freeze=('nothing_like_it',)", "--workdir", "w"], "nothing_like_it"),
+    (["--config.mesh=3x1", "--workdir", "w"], "mesh"),
+    (["--config", "nowhere.py", "--workdir", "w"], "no such file: nowhere.py"),
+    (["--config", "syntax.py", "--workdir", "w"], "syntax.py line 1: invalid syntax"),
+    (["--config", "field.py", "--workdir", "w"], '"stepz" does not exist'),
+    (["--config.checkpoint.best_metric=accuracy", "--workdir", "w"], "config.checkpoint.best_metric is 'accuracy'"),
+    (["--config.data.train=('bad.jsonl',)", "--workdir", "w"], "bad.jsonl:1: the line is not valid JSON"),
+    (["--workdir", "w", "--export_hf", "."], "exists already"),
+    (["--workdir", "w", "--hosts", "2"], "--hosts and --host belong to --coordinator"),
+]
+
+
+def test_wrong_input_is_one_line(tmp_path, chats):
+    (tmp_path / "config.py").write_text(CONFIG.format(chats=str(chats)))
     (tmp_path / "syntax.py").write_text("def get_config(:")
     (tmp_path / "field.py").write_text(
         "from tests.train.conftest import small_config\n\ndef get_config():\n    return small_config(stepz=3)\n"
     )
     (tmp_path / "bad.jsonl").write_text("{\n")
-    process = start(*arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err[-3000:]
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and message in last, err
-    assert "compil" not in err, err  # it is said at once
-    assert "Traceback" not in err and not out
+    cases = [["--config", "config.py", *arguments] for arguments, _ in WRONG]
+    results = run_all("qwen35_jax.train.__main__", cases, tmp_path, **FAST)
+    for done, (arguments, message) in zip(results, WRONG, strict=True):
+        assert done.returncode == 1, (arguments, done.stderr[-3000:])
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("error: ") and message in last, (arguments, done.stderr)
+        assert "compil" not in done.stderr, (arguments, done.stderr)  # it is said at once
+        assert "Traceback" not in done.stderr and not done.stdout, (arguments, done.stderr)

@@ -1,0 +1,69 @@
+"""Several hosts that run one program: the flags of the commands, and the start. Each host is one process."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import jax
+from absl import flags
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.sharding import parse_mesh
+
+COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "several hosts: HOST:PORT of the first one, or auto where JAX finds it (TPU slices, Slurm, Kubernetes)"
+)
+HOSTS = flags.DEFINE_integer("hosts", None, "how many hosts there are, without auto", lower_bound=1)
+HOST = flags.DEFINE_integer("host", None, "which one this is, from 0, without auto", lower_bound=0)
+_FLAGS = (COORDINATOR, HOSTS, HOST)
+
+
+def declare_flags() -> None:
+    """Makes --help of the calling command list the flags above."""
+    for flag in _FLAGS:
+        flags.declare_key_flag(flag.name)
+
+
+def join(mesh: str) -> None:
+    """Joins the hosts that the flags name, if they do; to be called before JAX is used. Only the first prints afterwards.
+
+    Without accelerators each host makes its even share of the virtual CPU devices of `mesh`. Raises UserError where the
+    flags do not go together, the hosts cannot share the mesh, or they do not find one another.
+    """
+    _check()
+    if COORDINATOR.value is None:
+        return
+    devices = 1
+    for n in parse_mesh(mesh):
+        devices *= n
+    if HOSTS.value is not None:
+        if devices % HOSTS.value:
+            raise UserError(f"{HOSTS.value} hosts cannot share mesh {mesh} of {devices} devices evenly")
+        jax.config.update("jax_num_cpu_devices", max(1, devices // HOSTS.value))
+    address = None if COORDINATOR.value == "auto" else COORDINATOR.value
+    try:
+        # No local ids: a host has all its devices, also under Slurm, where JAX would give each process one.
+        jax.distributed.initialize(address, HOSTS.value, HOST.value, local_device_ids=[])
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the hosts did not come together at {COORDINATOR.value}: {str(error)[:200]}") from error
+    # What libraries print (Gloo does, on CPUs) is no output of ours: it goes to stderr.
+    ours = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
+    os.dup2(2, 1)
+    sys.stdout = open(ours, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints."""
+    return jax.process_index() == 0
+
+
+def _check() -> None:
+    numbers = HOSTS.value, HOST.value
+    if COORDINATOR.value in (None, "auto"):
+        if numbers != (None, None):
+            raise UserError("--hosts and --host belong to --coordinator HOST:PORT")
+    elif ":" not in COORDINATOR.value:
+        raise UserError(f"--coordinator {COORDINATOR.value!r}: give HOST:PORT, or auto")
+    elif None in numbers or HOST.value >= HOSTS.value:
+        raise UserError(f"--coordinator {COORDINATOR.value} needs --hosts N and --host, 0 to N - 1")
