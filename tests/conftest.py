@@ -16,21 +16,27 @@ LONG = ("train/test_train.py", "train/test_step.py", "generate/", "train/test_fp
 
 
 def pytest_addoption(parser):
+    parser.addoption("--optimize", action="store_true", help="compile as users do, which takes several times as long")
     parser.addoption("--only-skips", metavar="REGEX", help="a skip whose reason does not match REGEX is a failure")
 
 
 def pytest_configure(config):
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    # Small programs, run once: compiling them well takes longer than running them badly.
+    if not config.getoption("--optimize"):
+        _compile_fast()
+    jax.config.update("jax_compilation_cache_dir", str(CACHE))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def _compile_fast():
+    """Small programs, run once: compiling them well takes longer than running them badly."""
     jax.config.update("jax_disable_most_optimizations", True)
     if jax.__version_info__ < (0, 11):  # half the compile time; later ones know only the other emitters
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given} --xla_cpu_use_fusion_emitters=false"
         jax.devices()  # reads them: the commands that tests start optimise, which takes twice as long with this one
         os.environ["XLA_FLAGS"] = given
-    jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
 def pytest_collection_modifyitems(items):

@@ -21,6 +21,7 @@ def test_flags_of_the_commands_exist():
     assert len(lines) >= 6
     for line in lines:
         module = re.search(r"qwen35_jax\.(sample|convert)", line).group(1)
-        source = (Path(__file__).parents[1] / "qwen35_jax" / f"{module}.py").read_text(encoding="utf-8")
+        files = [f"{module}.py", *(["hosts.py"] if module == "sample" else [])]
+        source = "".join((Path(__file__).parents[1] / "qwen35_jax" / file).read_text(encoding="utf-8") for file in files)
         for flag in re.findall(r"--(\w+)", line.split(f"qwen35_jax.{module}", 1)[1]):
             assert f'"{flag}"' in source, f"README: {module} has no flag --{flag}"

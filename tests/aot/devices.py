@@ -29,6 +29,7 @@ TARGETS = {
     "v5e": Target("tpu", "v5e:2x4", 16 * GIB),
     "v6e": Target("tpu", "v6e:2x4", 32 * GIB),
     "v5p": Target("tpu", "v5p:2x2x2", 95 * GIB),
+    "v5p-4": Target("tpu", "v5p:2x2x1", 95 * GIB),
     "tpu7x": Target("tpu", "tpu7x:2x2x1", 96 * GIB),
     "v5p-64": Target("tpu", "v5p:4x4x4", 95 * GIB),
     "h100": Target("cuda", "1x1x8", 80 * 10**9, "h100"),

@@ -18,6 +18,13 @@ NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 # The ceilings after each case are MiB of temporaries per device, about a tenth above what was measured: with jax 0.10.2,
 # and with 0.12 where that needs more. A step needs about a unit's weights and activations; the rest are weights that XLA
 # copies into another tiling once per call, of which tpu7x does most. On GPUs jax 0.12 needs about a unit's weights more.
+# The README's lines, with one prompt (and the rows that fill `data` up).
+README = [  # with the ceilings of decode and of prefill
+    (("v5e", "1x8", "9b"), 1, (4,), (4,)),
+    (("v5p-4", "1x4", "35b-a3b"), 1, (175,), (185,)),
+    (("h100", "2x4", "122b-a10b"), 2, (1670, 3800), (550, 2800)),
+    (("h100-2", "2x2x4", "122b-a10b"), 4, (1670, 3800), (550, 2800)),
+]
 CASES = [
     (Case("v5e", "2x4", "0.8b", "decode"), 6),
     (Case("v6e", "2x4", "0.8b", "decode"), 22),
@@ -42,8 +49,10 @@ CASES = [
     (Case("h100-2", "4x4", "397b-a17b", "decode"), 670, 3750),
     (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 950, 3450),
     (Case("tpu7x", "2x4", "397b-a17b", "decode", fp8=True), 17900),
+    *((Case(*line, "decode", rows=rows, capacity=512), *ceilings) for line, rows, ceilings, _ in README),
 ]
 SLOW = [
+    *((Case(*line, "prefill", rows=rows, capacity=512, length=64), *ceilings) for line, rows, _, ceilings in README),
     (Case("v6e", "2x4", "0.8b", "prefill"), 200),
     (Case("h200", "2x4", "0.8b", "prefill"), 70),
     (Case("v6e", "2x4", "35b-a3b", "prefill"), 2000),
