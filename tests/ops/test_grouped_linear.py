@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import re
-import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import quantize_weight
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear, grouped_linear_reference
+from qwen35_jax.ops.grouped_linear.blocks import for_blocks
 
 ROWS, GROUPS, IN, OUT = 150, 5, 192, (2, 40)
 SIZES = {
@@ -149,25 +149,39 @@ def test_only_the_weights_in_use_are_read(kind):
     assert compiled.memory_analysis().temp_size_in_bytes < 8 * 512 * 256 * 4
 
 
-def seconds(f, *args):
-    jax.block_until_ready(f(*args))
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        jax.block_until_ready(f(*args))
-        times.append(time.perf_counter() - start)
-    return min(times)
+def computed(group_sizes: list[int], rows: int) -> np.ndarray:
+    """int [2, rows]: how many blocks of the loops hold each row, and how many count it as theirs."""
+
+    def block(carry, _, group, start, size, mine):
+        both = jnp.stack([jnp.ones(size, jnp.int32), mine[:, 0].astype(jnp.int32)])
+        old = jax.lax.dynamic_slice_in_dim(carry, start, size, 1)
+        return jax.lax.dynamic_update_slice_in_dim(carry, old + both, start, 1)
+
+    run = jax.jit(lambda sizes: for_blocks(block, jnp.zeros((2, rows), jnp.int32), (), sizes, rows))
+    return np.asarray(run(jnp.asarray(group_sizes, jnp.int32)))
 
 
-def test_time_does_not_grow_with_the_groups():
-    rows, width = 512, 128
-    x = jnp.ones((rows, width))
-    times = {}
-    for groups in (4, 64):
-        w = jnp.ones((groups, width, width))
-        sizes = jnp.zeros(groups, jnp.int32).at[jnp.arange(4) * (groups // 4)].set(rows // 4)
-        times[groups] = seconds(jax.jit(grouped_linear), x, w, sizes)
-    assert times[64] < 3 * times[4] + 1e-3, times  # the same rows in the same blocks; a dense form takes 16 times as long
+@pytest.mark.parametrize("used", [(512,), (1, 1, 1, 1), (130, 7, 1, 64, 65, 245), (9,) * 50])
+def test_work_follows_the_rows_and_not_the_groups(used):
+    """Each row is some block's own, once; at most eight times the rows are computed; and empty groups add nothing."""
+    rows = 512
+    held, own = computed(list(used), rows)
+    routed = sum(used)
+    assert (own == (np.arange(rows) < routed)).all()
+    assert held.sum() <= 8 * routed
+    spread = [n for size in used for n in (0, size, 0, 0)]
+    assert (computed(spread, rows) == [held, own]).all()
+
+
+def test_no_form_multiplies_by_all_groups():
+    """The operations of the program, each loop's counted once, are those of its blocks, whatever the number of groups."""
+    x = jnp.ones((512, 128))
+
+    def operations(groups):
+        lowered = jax.jit(grouped_linear).lower(x, jnp.ones((groups, 128, 128)), jnp.zeros(groups, jnp.int32))
+        return lowered.compile().cost_analysis()["flops"]
+
+    assert operations(64) < 1.5 * operations(4)  # a dense form: 16 times
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
