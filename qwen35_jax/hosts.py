@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import sys
+import threading
+from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.sharding import parse_mesh
+from qwen35_jax.sharding import all_devices, parse_mesh
 
 COORDINATOR = flags.DEFINE_string(
     "coordinator", None, "several hosts: HOST:PORT of the first one, or auto where JAX finds it (TPU slices, Slurm, Kubernetes)"
@@ -17,6 +23,7 @@ COORDINATOR = flags.DEFINE_string(
 HOSTS = flags.DEFINE_integer("hosts", None, "how many hosts there are, without auto", lower_bound=1)
 HOST = flags.DEFINE_integer("host", None, "which one this is, from 0, without auto", lower_bound=0)
 _FLAGS = (COORDINATOR, HOSTS, HOST)
+WAIT_SECONDS = 300.0  # for the other hosts
 
 
 def declare_flags() -> None:
@@ -28,8 +35,9 @@ def declare_flags() -> None:
 def join(mesh: str) -> None:
     """Joins the hosts that the flags name, if they do; to be called before JAX is used. Only the first prints afterwards.
 
-    Without accelerators each host makes its even share of the virtual CPU devices of `mesh`. Raises UserError where the
-    flags do not go together, the hosts cannot share the mesh, or they do not find one another.
+    Without accelerators each host that is told --hosts makes its even share of the virtual CPU devices of `mesh`. Raises
+    UserError where the flags do not go together, the hosts cannot share the mesh, or nothing says who they are. Where they
+    do not find one another in time the process ends, in one line.
     """
     _check()
     if COORDINATOR.value is None:
@@ -42,15 +50,49 @@ def join(mesh: str) -> None:
             raise UserError(f"{HOSTS.value} hosts cannot share mesh {mesh} of {devices} devices evenly")
         jax.config.update("jax_num_cpu_devices", max(1, devices // HOSTS.value))
     address = None if COORDINATOR.value == "auto" else COORDINATOR.value
+    waiting = threading.Timer(WAIT_SECONDS, _give_up)  # JAX itself would end the process with a stack trace, a little later
+    waiting.start()
     try:
         # No local ids: a host has all its devices, also under Slurm, where JAX would give each process one.
-        jax.distributed.initialize(address, HOSTS.value, HOST.value, local_device_ids=[])
+        options = {"local_device_ids": [], "initialization_timeout": int(WAIT_SECONDS) + 60}
+        jax.distributed.initialize(address, HOSTS.value, HOST.value, **options)
+        all_devices()  # which asks the other hosts for theirs
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the hosts did not come together at {COORDINATOR.value}: {str(error)[:200]}") from error
+    finally:
+        waiting.cancel()
     # What libraries print (Gloo does, on CPUs) is no output of ours: it goes to stderr.
     ours = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)
     sys.stdout = open(ours, "w", encoding="utf-8", errors="backslashreplace")
+
+
+def _give_up() -> None:
+    print(
+        f"error: {WAIT_SECONDS:.0f} s have passed and not all hosts have come together at {COORDINATOR.value}: "
+        "start the same command on every host, and let them reach that address",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # the thread that waits cannot be interrupted
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is inside succeeds on every host or ends every host: a UserError of one is one on the others too."""
+    try:
+        yield
+    except UserError:
+        _all_say(False)
+        raise
+    if not _all_say(True):
+        raise UserError("another host cannot go on; it says why")
+
+
+def _all_say(yes: bool) -> bool:
+    if not jax.distributed.is_initialized():
+        return yes
+    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
 
 
 def is_first() -> bool:
@@ -63,7 +105,7 @@ def _check() -> None:
     if COORDINATOR.value in (None, "auto"):
         if numbers != (None, None):
             raise UserError("--hosts and --host belong to --coordinator HOST:PORT")
-    elif ":" not in COORDINATOR.value:
-        raise UserError(f"--coordinator {COORDINATOR.value!r}: give HOST:PORT, or auto")
+    elif not re.fullmatch(r".*[^:]:[1-9]\d{0,4}", COORDINATOR.value) or int(COORDINATOR.value.rpartition(":")[2]) > 65535:
+        raise UserError(f"--coordinator {COORDINATOR.value!r}: give HOST:PORT, with a port from 1 to 65535, or auto")
     elif None in numbers or HOST.value >= HOSTS.value:
         raise UserError(f"--coordinator {COORDINATOR.value} needs --hosts N and --host, 0 to N - 1")

@@ -53,7 +53,7 @@ PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "prompt tokens read 
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weights and activations")
 KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
 KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "which form of the ops to use")
-JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when it is finished")
+JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when all are finished")
 STATS = flags.DEFINE_bool("stats", False, "print times, speeds, op forms and bytes per device at the end")
 PROFILE = flags.DEFINE_string("profile", None, "write a jax.profiler trace of the generation to this directory")
 SAMPLING = {
@@ -75,16 +75,17 @@ def main(arguments: list[str]) -> None:
     if PROFILE.value is not None:
         _make_writable(PROFILE.value)
     hosts.join(MESH.value)
-    lm = load(
-        _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",
-        MESH.value,
-        DTYPE.value,
-        revision=REVISION.value,
-        keep_fp8=KEEP_FP8.value,
-        kernels=KERNELS.value,
-        seed=SEED.value,
-        random_weights=RANDOM.value,
-    )
+    with hosts.together():
+        lm = load(
+            _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",
+            MESH.value,
+            DTYPE.value,
+            revision=REVISION.value,
+            keep_fp8=KEEP_FP8.value,
+            kernels=KERNELS.value,
+            seed=SEED.value,
+            random_weights=RANDOM.value,
+        )
     if lm.random_weights and hosts.is_first():
         print(f"note: {MODEL.value or 'tiny'} has random weights here; its text has no meaning", file=sys.stderr)
     options = _sampling() | {

@@ -39,7 +39,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
 
 def parse_mesh(text: str) -> tuple[int, int, int]:
     """'8x1' -> (1, 8, 1); '2x8x4' -> (2, 8, 4). UserError for anything else."""
-    match = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x(\d{1,9})", text.strip())
+    match = re.fullmatch(r"(?:(\d{1,9})x)?(\d{1,9})x(\d{1,9})", str(text).strip())
     shape = tuple(int(n or 1) for n in match.groups()) if match else (0,)
     if 0 in shape:
         raise UserError(f"mesh {text!r} is not a mesh; write DATAxMODEL such as 8x1, or REPLICAxDATAxMODEL such as 2x8x4")
@@ -60,7 +60,7 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
                 jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError:
             pass  # JAX is running already: what it has is counted below
-        devices = _devices()
+        devices = all_devices()
         if jax.process_count() > 1 and len(devices) > count:
             hosts = f"{jax.process_count()} hosts have {len(devices)}"
             raise UserError(f"mesh {text} has {count} devices, but {hosts}: a mesh of several hosts must have all of them")
@@ -70,10 +70,16 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
             hint = f"use at most {len(devices)} devices"
         elif count > MAX_VIRTUAL_DEVICES:
             hint = f"at most {MAX_VIRTUAL_DEVICES} virtual CPU devices are made"
+        elif jax.process_count() > 1:
+            hint = "hosts with CPUs alone make more when they are told --hosts and --host"
         else:
             hint = "start a new Python process"
         raise UserError(f"mesh {text} needs {count} devices, but there are {len(devices)} ({kind}): {hint}")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+    try:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
+    except (AssertionError, NotImplementedError, ValueError) as error:  # TPU chips stand in a grid
+        kind, there = devices[0].device_kind, len(devices)
+        raise UserError(f"mesh {text}: {count} of these {there} devices ({kind}) form no such mesh; use all {there}") from error
 
 
 def to_host(x: jax.Array) -> np.ndarray:
@@ -81,7 +87,8 @@ def to_host(x: jax.Array) -> np.ndarray:
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
 
 
-def _devices() -> list[jax.Device]:
+def all_devices() -> list[jax.Device]:
+    """The devices of all hosts. UserError where JAX finds none."""
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the second, with no text, where a platform that was asked for is absent

@@ -26,23 +26,59 @@ def free_port() -> int:
 
 def run(module: str, arguments: list[str], hosts: int = 1) -> list[tuple[int, str, str]]:
     """[status, stdout, stderr] of each host."""
-    start = [sys.executable, "-W", "ignore", "-m", module, *arguments]
+    commands = [[sys.executable, "-W", "ignore", "-m", module, *arguments] for _ in range(hosts)]
+    port = free_port()
     if hosts > 1:
-        start += ["--coordinator", f"localhost:{free_port()}", "--hosts", str(hosts), "--host"]
+        commands = [[*command, *flags_of(port, host, hosts)] for host, command in enumerate(commands)]
+    return run_all(commands)
+
+
+def flags_of(port: int, host: int, hosts: int = 2) -> list[str]:
+    return ["--coordinator", f"localhost:{port}", "--hosts", str(hosts), "--host", str(host)]
+
+
+def run_all(commands: list[list[str]]) -> list[tuple[int, str, str]]:
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    commands = [[*start, str(host)] if hosts > 1 else start for host in range(hosts)]
     processes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | FAST, **streams) for command in commands]
-    texts = [process.communicate(timeout=400) for process in processes]
+    try:
+        texts = [process.communicate(timeout=400) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
 def test_two_hosts_say_what_one_says():
-    (status, out, errors), (other_status, other_out, other_errors) = run(
-        "qwen35_jax.sample", ["--mesh", "2x1", "--stats"], hosts=2
-    )
+    questions = ("What is 37 + 58?", "Reverse: a b c")
+    arguments = ["--mesh", "1x2", "--stats", "--dtype", "float32", *(f"--prompt={question}" for question in questions)]
+    (status, out, errors), (other_status, other_out, other_errors) = run("qwen35_jax.sample", arguments, hosts=2)
     assert (status, other_status) == (0, 0), errors + other_errors
-    assert (out, other_out) == ("37 + 58 = 95\n", "")
-    assert "decode:" in errors and "decode:" not in other_errors
+    answers = zip(questions, ("37 + 58 = 95", "c b a"), strict=True)
+    assert out == "".join(f"--- {i} of 2: {question}\n{answer}\n" for i, (question, answer) in enumerate(answers, 1))
+    assert other_out == "" and "decode:" in errors and "decode:" not in other_errors
+
+
+def test_what_stops_one_host_stops_the_other():
+    port = free_port()
+    command = [sys.executable, "-m", "qwen35_jax.sample", "--mesh", "2x1"]
+    wrong = [[], ["--checkpoint", "nowhere/at/all"]]
+    done = run_all([[*command, *wrong[host], *flags_of(port, host)] for host in (0, 1)])
+    assert [status for status, *_ in done] == [1, 1], done
+    assert "error: another host cannot go on; it says why" in done[0][2] and "nowhere/at/all" in done[1][2]
+    assert "Traceback" not in done[0][2] + done[1][2]
+
+
+ALONE = (
+    "import sys; from qwen35_jax import command, hosts, sample; hosts.WAIT_SECONDS = 3.0; command.run(sample.main, sample.USAGE)"
+)
+
+
+def test_a_host_that_waits_in_vain_says_so():
+    commands = [[sys.executable, "-c", ALONE, "--mesh", "2x1", *flags_of(free_port(), host)] for host in (0, 1)]
+    for status, out, errors in run_all(commands):
+        assert (status, out) == (1, ""), errors
+        assert errors.splitlines()[-1].startswith("error: 3 s have passed and not all hosts have come together"), errors
+        assert "Traceback" not in errors
 
 
 CONFIG = """
@@ -78,7 +114,10 @@ def test_two_hosts_train_as_one_does(tmp_path):
         ({"coordinator": "auto", "host": 0}, "2x1", "belong to --coordinator"),
         ({"coordinator": "here:1234", "hosts": 2}, "2x1", "needs --hosts N and --host"),
         ({"coordinator": "here:1234", "hosts": 2, "host": 2}, "2x1", "needs --hosts N and --host"),
-        ({"coordinator": "here", "hosts": 2, "host": 0}, "2x1", "give HOST:PORT"),
+        *(
+            ({"coordinator": c, "hosts": 2, "host": 0}, "2x1", "give HOST:PORT")
+            for c in ("here", "here:a", ":9", "a:0", "a:70000")
+        ),
         ({"coordinator": "here:1234", "hosts": 2, "host": 0}, "3x1", "2 hosts cannot share mesh 3x1"),
     ],
 )

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "qwen35_jax"
 
 # The layers, top to bottom; a module may import its own layer and those below it. Commands are the rest of the top.
 LAYERS = (
-    "train", "generate", "checkpoint", "text", "model", "ops", "program", "sharding", "config", "compilation", "errors",
+    "train", "generate", "checkpoint", "text", "model", "ops", "program", "hosts", "sharding", "config", "compilation",
+    "command", "errors",
 )  # fmt: skip
 # Folders side by side that must not know each other.
 STRANGERS = {("train", "generate"), ("checkpoint", "text"), ("text", "model"), ("text", "ops")}
@@ -31,6 +32,8 @@ def _imports(path: Path) -> list[tuple[str, int]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found += [(name.name, node.lineno) for name in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "qwen35_jax":
+            found += [(f"qwen35_jax.{name.name}", node.lineno) for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             found.append((node.module or "", node.lineno))
     return found

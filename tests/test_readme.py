@@ -1,4 +1,4 @@
-"""What the README shows runs as it stands there."""
+"""The README's Python runs as it stands there, and its commands have the flags that it names."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ def test_python_example():
 
 
 def test_flags_of_the_commands_exist():
-    lines = [line for line in README.splitlines() if "qwen35_jax.sample" in line or "qwen35_jax.convert" in line]
-    assert len(lines) >= 6
+    lines = [line for line in README.splitlines() if re.search(r"-m qwen35_jax\.(sample|convert|train) ", line)]
+    assert len(lines) >= 12
     for line in lines:
-        module = re.search(r"qwen35_jax\.(sample|convert)", line).group(1)
-        files = [f"{module}.py", *(["hosts.py"] if module == "sample" else [])]
+        module = re.search(r"-m qwen35_jax\.(sample|convert|train)", line).group(1)
+        files = ["train/__main__.py" if module == "train" else f"{module}.py", *(["hosts.py"] if module != "convert" else [])]
         source = "".join((Path(__file__).parents[1] / "qwen35_jax" / file).read_text(encoding="utf-8") for file in files)
         for flag in re.findall(r"--(\w+)", line.split(f"qwen35_jax.{module}", 1)[1]):
-            assert f'"{flag}"' in source, f"README: {module} has no flag --{flag}"
+            defined = rf'DEFINE_\w+\(\s*"{flag}"'
+            assert re.search(defined, source), f"README: {module} has no flag --{flag}"

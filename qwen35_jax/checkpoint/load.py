@@ -48,7 +48,7 @@ def load_params(source: TensorSource, config: ModelConfig, abstract: dict, *, pr
         abstract: nested dict of ShapeDtypeStructs with shardings, or Fp8Weights of them; "units" is one dict whose
             leaves have a leading unit axis, or a tuple of dicts. Plain leaves are cast (FP8 is dequantised); Fp8Weights
             are kept as stored.
-        progress: show a bar on stderr.
+        progress: show a bar if it takes more than a second and stderr is a terminal.
 
     Each device's shard is read on its own; on CPU the memory read into is the array. Raises UserError listing all
     tensors that are missing, unexpected or of the wrong shape or dtype, before anything is read.
@@ -61,7 +61,14 @@ def load_params(source: TensorSource, config: ModelConfig, abstract: dict, *, pr
     arrays: list[jax.Array] = []
     with (
         concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
-        tqdm.tqdm(total=sum(p.nbytes for p in plans), unit="B", unit_scale=True, desc="load", disable=not progress) as bar,
+        tqdm.tqdm(
+            total=sum(p.nbytes for p in plans),
+            unit="B",
+            unit_scale=True,
+            desc="load",
+            delay=1,
+            disable=None if progress else True,  # None: where stderr is no terminal
+        ) as bar,
     ):
         for batch in _batches(plans):
             built = _build(batch, source, pool)

@@ -191,4 +191,5 @@ def check_directory(path: epath.Path, advice: str = "give the directory that hol
             raise UserError(f"{path} is a file; {advice}")
         return False
     except (ImportError, OSError, RuntimeError) as e:
-        raise UserError(f"cannot read {path}: {str(e).splitlines()[0][:200]}") from None
+        advice = "; install the extra: pip install -e '.[gcs]'" if isinstance(e, ImportError) else ""
+        raise UserError(f"cannot read {path}: {str(e).splitlines()[0][:200]}{advice}") from None

@@ -25,6 +25,7 @@ from qwen35_jax.text import (
 )
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+PROMPT_FORMS = "a string, a list of token ids (whole numbers) or a list of messages"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,13 +81,21 @@ class LanguageModel:
 
         Returns float32 [B, T, vocab_size] (with `layers`: and [layers + 1, B, T, D]).
         """
-        tokens = np.asarray(token_ids)
+        try:
+            tokens = np.asarray(token_ids)
+        except ValueError as error:
+            raise UserError(
+                "token_ids must be [B, T]: rows of one length; fill them up and say where with segment_ids"
+            ) from error
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
             raise UserError(f"token_ids must be whole numbers of shape [B, T], not {tokens.dtype} {list(tokens.shape)}")
         self._check_ids(tokens)
         segments = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
         if segments.shape != tokens.shape:
             raise UserError(f"segment_ids {list(segments.shape)} and token_ids {list(tokens.shape)} must have one shape")
+        real = np.where(segments > 0, segments, np.iinfo(segments.dtype).max)
+        if segments.min() < 0 or (np.diff(real, axis=1) < 0).any():
+            raise UserError("segment_ids must not fall along a row; 0 marks the padding at its end")
         (b, t), shards = tokens.shape, self.model.sharding.batch
         rows, length = slot_bucket(b, shards), sum(prompt_buckets(t, 4096))
         pad = ((0, rows - b), (0, length - t))
@@ -101,7 +110,8 @@ class LanguageModel:
 
         Options are those of `stream`.
         """
-        chosen = self._prompts(prompts)
+        chosen = _as_list(prompts)
+        _check_template_options(chosen, options)
         ids = [self.encode(p, **_template_options(options)) for p in chosen]
         texts, tokens, reasons = [""] * len(ids), [[] for _ in ids], ["length"] * len(ids)
         for piece in self._run(ids, streaming=False, **_without_template_options(options)):
@@ -118,11 +128,17 @@ class LanguageModel:
         one a prompt); stop (strings); ignore_eos; prefill_chunk (tokens read at once); for chats tools and enable_thinking
         (default: as the preset has it, or else the template).
         """
-        ids = [self.encode(p, **_template_options(options)) for p in self._prompts(prompts)]
+        chosen = _as_list(prompts)
+        _check_template_options(chosen, options)
+        ids = [self.encode(p, **_template_options(options)) for p in chosen]
         return self._run(ids, streaming=True, **_without_template_options(options))
 
     def encode(self, prompt: Prompt, *, enable_thinking: bool | None = None, tools=None) -> list[int]:
         """Token ids of a prompt: text as it is, ids checked, chats through the chat template."""
+        if isinstance(prompt, np.ndarray):
+            prompt = prompt.tolist()
+        if not isinstance(prompt, str | list | tuple):
+            raise UserError(f"a prompt must be {PROMPT_FORMS}, not {type(prompt).__name__}")
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
             if self.tokenizer is None:
                 raise UserError("this checkpoint has no tokenizer.json: pass prompts as lists of token ids")
@@ -131,7 +147,7 @@ class LanguageModel:
             ids = self.tokenizer.encode(prompt)
         else:
             if not all(isinstance(i, int | np.integer) for i in prompt):
-                raise UserError("a prompt must be a string, a list of token ids (whole numbers) or a list of messages")
+                raise UserError(f"a prompt must be {PROMPT_FORMS}")
             ids = [int(i) for i in prompt]
         if not ids:
             raise UserError("a prompt is empty: give it at least one token")
@@ -148,10 +164,6 @@ class LanguageModel:
             bad = int(ids.min() if ids.min() < 0 else ids.max())
             raise UserError(f"token id {bad} is not in the vocabulary (0 to {self.config.vocab_size - 1})")
 
-    def _prompts(self, prompts) -> list:
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
-        return [prompts] if single else list(prompts)
-
     def _run(
         self,
         prompts: list[list[int]],
@@ -165,20 +177,21 @@ class LanguageModel:
         preset: str | None = None,
         **sampling,
     ) -> Iterator[Piece]:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
-        if prefill_chunk < 1:
-            raise UserError(f"prefill_chunk is {prefill_chunk}; it must be 1 or more")
+        for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk)):
+            if not isinstance(value, int | np.integer) or value < 1:
+                raise UserError(f"{name} is {value}; it must be a whole number, 1 or more")
         if stop and self.tokenizer is None:
             raise UserError("stop strings need a tokenizer, and this checkpoint has no tokenizer.json")
-        seeds = [int(seed)] * len(prompts) if np.ndim(seed) == 0 else [int(s) for s in seed]
+        seeds = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
+        if not all(isinstance(s, int | np.integer) for s in seeds):
+            raise UserError(f"seed is {seed}; it must be a whole number, or one for each prompt")
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one a prompt")
         settings = self.sampling(preset, **sampling)
         ends = () if ignore_eos else self.defaults.eos_token_ids
         context = self.config.max_position_embeddings
         requests = [
-            Request(ids, min(max_new_tokens, context - len(ids)), dataclasses.replace(settings, seed=s), ends)
+            Request(ids, min(max_new_tokens, context - len(ids)), dataclasses.replace(settings, seed=int(s)), ends)
             for ids, s in zip(prompts, seeds, strict=True)
         ]
         generation = Generation(self.programs, requests, prefill_chunk)
@@ -265,6 +278,23 @@ def _bytes_per_device(tree: Any) -> int:
         return int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64)) * x.dtype.itemsize
 
     return sum(size(x) for x in jax.tree.leaves(tree))
+
+
+def _as_list(prompts) -> list:
+    """The prompts, where one may stand alone."""
+    if isinstance(prompts, np.ndarray):
+        prompts = prompts.tolist()
+    if not isinstance(prompts, str | list | tuple):
+        raise UserError(f"prompts must be {PROMPT_FORMS}, or a list of such; not {type(prompts).__name__}")
+    single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
+    return [prompts] if single else list(prompts)
+
+
+def _check_template_options(prompts: list, options: dict) -> None:
+    chats = any(isinstance(p, list | tuple) and p and isinstance(p[0], dict) for p in prompts)
+    for name in ("enable_thinking", "tools"):
+        if options.get(name) is not None and not chats:
+            raise UserError(f"{name} is for chats (lists of messages), and there is none among the prompts")
 
 
 def _template_options(options: dict) -> dict:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 
+import jax
 from etils import epath
 
 from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
@@ -22,7 +24,7 @@ TINY = ASSETS / "tiny"
 
 
 def load(
-    path_or_id_or_preset: str,
+    path_or_id_or_preset: str | os.PathLike,
     mesh: str = "1x1",
     dtype: str = "bfloat16",
     *,
@@ -50,7 +52,7 @@ def load(
     """
     begin = time.perf_counter()
     use_compilation_cache()
-    name, source = path_or_id_or_preset, None
+    name, source = os.fspath(path_or_id_or_preset), None
     if not name:
         raise UserError("no model is named: give a directory, a hub id or a preset")
     if name in PRESETS and revision is not None:
@@ -106,4 +108,4 @@ def _parameters(config: ModelConfig, sharding: Sharding, kernels: str, source: T
     if not source_has_mtp(source):
         config = config.replace(mtp_num_hidden_layers=0)
     abstract = Model(config, sharding).abstract_params(stacked)
-    return config, load_params(source, config, abstract)
+    return config, load_params(source, config, abstract, progress=jax.process_index() == 0)

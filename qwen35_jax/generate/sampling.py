@@ -35,6 +35,10 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, whole = getattr(self, field.name), isinstance(field.default, int)
+            if not isinstance(value, int | np.integer if whole else int | float | np.number):
+                raise UserError(f"{field.name} is {value!r:.60}; it must be a {'whole ' if whole else ''}number")
         checks = (
             ("temperature", 0 <= self.temperature <= LARGEST_FACTOR, f"0 to {LARGEST_FACTOR}"),
             ("top_k", 0 <= self.top_k <= LARGEST_ID, f"0 (off) to {LARGEST_ID}"),

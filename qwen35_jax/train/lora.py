@@ -51,11 +51,6 @@ def abstract_lora(abstract_params: dict, axes: dict, config: ConfigDict) -> dict
     return unflatten(factors)
 
 
-def lora_shardings(abstract_params: dict, axes: dict, config: ConfigDict) -> dict:
-    """NamedShardings of the factors, in their structure."""
-    return jax.tree.map(lambda x: x.sharding, abstract_lora(abstract_params, axes, config))
-
-
 def init_lora(seed: int, abstract_params: dict, axes: dict, config: ConfigDict) -> dict:
     """The factors, float32, on the devices that hold them: A normal with variance 1 / inputs, B zero.
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import pytest
 
 from tests.aot.devices import TARGETS
-from tests.aot.run import Case, compile_elsewhere
+from tests.aot.run import SETTINGS, Case, compile_elsewhere
 
 MIB = 2**20
 NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
@@ -100,6 +104,16 @@ def test_compiles(case, ceilings):
     ceiling = ceilings[-1 if jax.__version_info__ >= (0, 12) else 0]
     assert result["temporary_bytes"] < ceiling * MIB, summary
     _check_collectives(case, result)
+
+
+@pytest.mark.parametrize("mesh", ["1x3", "7x1"])
+def test_a_mesh_that_the_chips_do_not_form(mesh):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    program = f"from tests.aot.devices import *; from qwen35_jax.sharding import *; make_mesh({mesh!r}, target_devices('v5e'))"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, env=os.environ | SETTINGS, capture_output=True, text=True)
+    assert f"UserError: mesh {mesh}: " in done.stderr.splitlines()[-1], done.stderr
 
 
 def _check_collectives(case: Case, result: dict):

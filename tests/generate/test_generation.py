@@ -172,6 +172,14 @@ def test_greedy_defaults_give_way_to_what_only_drawing_uses(tiny, monkeypatch):
         ([[1]], {"prefill_chunk": 0}, "prefill_chunk is 0"),
         ([[1]], {"stop": [""]}, "stop string"),
         ([[{"role": "cook", "content": "x"}]], {}, "role"),
+        (None, {}, "prompts must be a string, a list of token ids"),
+        ([1.5], {}, "a prompt must be a string, a list of token ids .* not float"),
+        ([[1.5]], {}, "a prompt must be a string"),
+        ([[1]], {"max_new_tokens": 1.5}, "max_new_tokens is 1.5; it must be a whole number"),
+        ([[1]], {"seed": 1.7}, "seed is 1.7; it must be a whole number"),
+        ([[1]], {"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ([[1]], {"top_k": 2.5}, "top_k is 2.5; it must be a whole number"),
+        (["x"], {"tools": []}, "tools is for chats"),
     ],
 )
 def test_bad_requests_are_one_line(tiny, prompts, options, message):
@@ -193,7 +201,20 @@ def test_packed_documents_are_separate_documents(tiny):
     np.testing.assert_allclose(packed, apart, atol=2e-4)
 
 
-@pytest.mark.parametrize("wrong", [[[0.5]], [1, 2], [[]], np.zeros((1, 2, 3), int)])
+@pytest.mark.parametrize("wrong", [[[0.5]], [1, 2], [[]], [[1, 2], [3]], np.zeros((1, 2, 3), int)])
 def test_logits_refuse_what_are_no_token_ids(tiny, wrong):
     with pytest.raises(UserError, match="token_ids"):
         tiny.logits(wrong)
+
+
+@pytest.mark.parametrize("wrong", [[[2, 1, 0]], [[1, 0, 1]], [[-1, 1, 1]], [[1, 1]]])
+def test_logits_refuse_what_are_no_segments(tiny, wrong):
+    with pytest.raises(UserError, match="segment_ids"):
+        tiny.logits([[1, 2, 3]], segment_ids=wrong)
+
+
+def test_numpy_prompts(tiny):
+    ids = np.array([[5, 6, 7], [8, 9, 10]])
+    answers = [c.token_ids for c in tiny.generate(ids, max_new_tokens=2, **GREEDY)]
+    assert answers == [c.token_ids for c in tiny.generate(ids.tolist(), max_new_tokens=2, **GREEDY)]
+    assert tiny.encode(ids[0]) == [5, 6, 7]

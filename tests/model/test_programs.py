@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
 
 from qwen35_jax import ModelConfig
 from qwen35_jax.generate import steps
+from qwen35_jax.generate.sampling import CANDIDATES
 from qwen35_jax.model import Model, abstract_state, zero_slots
 from qwen35_jax.sharding import Sharding, make_mesh
 from tests.hlo import collectives
@@ -66,17 +69,38 @@ def test_weights_do_not_depend_on_mesh_or_form(stacked):
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-@pytest.mark.parametrize(("mesh", "config", "allowed"), [
-    ("8x1", DENSE, set()),
-    ("1x8", DENSE, {"all-reduce", "all-gather"}),  # sums of partial products; candidates of the sampler
-    ("8x1", SMALL, {"all-gather", "reduce-scatter"}),  # tokens to experts and back
-    ("2x4", SMALL, {"all-gather", "reduce-scatter", "all-reduce"}),
-])  # fmt: skip
-def test_collectives_of_decode(mesh, config, allowed):
-    text = steps.make_decode(model(config, mesh), 8, 64, config.vocab_size).compile().as_text()
-    found = [c for c in collectives(text) if c.group > 1]
-    kinds = {c.kind for c in found}
-    # One more everywhere: "have all rows ended?", a single boolean.
-    assert kinds <= allowed | {"all-reduce"}, kinds
-    weights = min(config.hidden_size * config.vocab_size, config.hidden_size * 64 * 4)
-    assert all(c.bytes < weights * 4 for c in found), "a whole weight is gathered"
+ROWS, LENGTH, CAPACITY = 8, 2, 64
+STEPS = {  # the program, and its tokens
+    "decode": (lambda m, v: steps.make_decode(m, ROWS, CAPACITY, v), ROWS),
+    "first": (lambda m, v: steps.make_first(m, ROWS, CAPACITY, v), ROWS),
+    "prefill": (lambda m, v: steps.make_prefill(m, ROWS, ROWS, LENGTH, CAPACITY), ROWS * LENGTH),
+    "logits": (lambda m, v: steps.make_logits(m, ROWS, LENGTH), ROWS * LENGTH),
+}
+
+
+MESHES = {  # the model, and the collectives that it may have
+    "8x1": (DENSE, set()),
+    "1x8": (DENSE, {"all-reduce"}),  # sums of partial products
+    "8x1, experts": (SMALL, {"all-gather", "reduce-scatter"}),  # tokens to experts and back
+    "2x4, experts": (SMALL, {"all-gather", "reduce-scatter", "all-reduce"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("8x1", "decode"), ("8x1, experts", "decode"), *itertools.product(("1x8", "2x4, experts"), STEPS)],
+)
+def test_collectives(name, step):
+    """Tokens' activations and the sampler's candidates are exchanged, and no weight: each is larger than the activations."""
+    (config, allowed), mesh = MESHES[name], name.partition(",")[0]
+    make, tokens = STEPS[step]
+    text = make(model(config, mesh), config.vocab_size).compile().as_text()
+    data, shards = (int(n) for n in mesh.split("x"))
+    candidates = ("all-gather", ROWS // data * shards * CANDIDATES * 4)
+    found = [(c.kind, c.bytes) for c in collectives(text) if c.group > 1]
+    if shards > 1 and step in ("decode", "first"):
+        assert found.count(candidates) == 2  # values and ids
+        found = [c for c in found if c != candidates and c != ("all-gather", candidates[1] // CANDIDATES)]
+    found = [c for c in found if c != ("all-reduce", 1)]  # "have all rows ended?"
+    assert {kind for kind, _ in found} <= allowed, found
+    assert all(size <= tokens * config.hidden_size * 4 for _, size in found), found

@@ -173,8 +173,8 @@ def test_work_follows_the_rows_and_not_the_groups(used):
     assert (computed(spread, rows) == [held, own]).all()
 
 
-def test_no_form_multiplies_by_all_groups():
-    """The operations of the program, each loop's counted once, are those of its blocks, whatever the number of groups."""
+def test_nothing_is_done_for_every_group():
+    """The operations of the program, each loop's counted once, are those of its blocks, and no loop is over the groups."""
     x = jnp.ones((512, 128))
 
     def operations(groups):
@@ -182,6 +182,8 @@ def test_no_form_multiplies_by_all_groups():
         return lowered.compile().cost_analysis()["flops"]
 
     assert operations(64) < 1.5 * operations(4)  # a dense form: 16 times
+    jaxpr = jax.make_jaxpr(grouped_linear)(x, jnp.ones((64, 128, 128)), jnp.zeros(64, jnp.int32))
+    assert "length=64" not in str(jaxpr) and str(jaxpr).count("while") >= 2
 
 
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8"])
