@@ -1,11 +1,11 @@
-"""The packaged model: from random weights, on the text that scripts/tiny_data.py writes.
+"""The packaged model's first run: from random weights, on the text that scripts/tiny_data.py writes. tiny_more.py goes on.
 
     python -m scripts.tiny_data --out runs/tiny_data
     python -m qwen35_jax.train --config configs/tiny.py --workdir runs/tiny --export_hf runs/tiny_hf
     python -m benchmarks.tiny_skills --checkpoint runs/tiny_hf
 
 Hardware: two CPU cores, or any mesh. On two cores of an AMD EPYC (Zen 1) a step takes 2 seconds, all of it 2 hours. The
-last evaluation loss is 0.288, and the third command prints a table as in docs/benchmarks.md.
+last evaluation loss is 0.288; the third command prints what it can: copying 91 %, thinking before differences 98 %.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,18 @@
 """Writes the training data of the packaged tiny model: chats and plain text, all made up here, the same bytes every time.
 
-    python -m scripts.tiny_data --out DIR [--seed 0] [--size 220000]
+    python -m scripts.tiny_data --out DIR [--seed 0] [--size 220000] [--mixture first]
 
 DIR/train.jsonl has the training side of every case, DIR/eval.jsonl 500 lines of the held-out side (`tiny_cases.held_out`)
-in the same mixture. A line is {"messages": […], "tools": […] where there are tools} or {"text": …}; an answer with
+in the same mixture. `first` is everything in turn; `second` has more of what is learned last: copying, tools, and thinking
+before arithmetic. A line is {"messages": […], "tools": […] where there are tools} or {"text": …}; an answer with
 `reasoning_content` is one in thinking mode.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import functools
 import itertools
 import json
 import random
@@ -26,12 +29,12 @@ EVAL_LINES = 500
 COUNTED = 20  # token totals are estimated from one document in so many
 
 
-def _arithmetic(rng: random.Random, held: bool) -> dict:
+def _arithmetic(rng: random.Random, held: bool, thinking: float = 0.4) -> dict:
     form = rng.random()
     if form < 0.2:
         return {"text": tiny_arithmetic.equations(rng, held)}
     exchanges = [_problem(rng, held) for _ in range(rng.choice((1, 1, 2, 3)))]
-    return _chat(rng, exchanges, thinking=0.4)
+    return _chat(rng, exchanges, thinking)
 
 
 def _problem(rng: random.Random, held: bool) -> Exchange:
@@ -42,8 +45,8 @@ def _tools(rng: random.Random, held: bool) -> dict:
     return tiny_tools.document(rng, held, rng.random() < 0.25)
 
 
-def _strings(rng: random.Random, held: bool) -> dict:
-    return _chat(rng, [tiny_strings.exchange(rng, held) for _ in range(rng.choice((1, 2, 2)))], thinking=0.15)
+def _strings(rng: random.Random, held: bool, skill: str | None = None) -> dict:
+    return _chat(rng, [tiny_strings.exchange(rng, held, skill) for _ in range(rng.choice((1, 2, 2)))], thinking=0.15)
 
 
 def _facts(rng: random.Random, held: bool) -> dict:
@@ -77,21 +80,26 @@ def _chat(rng: random.Random, exchanges: list[Exchange], thinking: float) -> dic
     return chat(exchanges, rng.random() < thinking, system)
 
 
-# Makers of documents, each with its share of the documents.
-KINDS: dict[str, tuple[Callable[[random.Random, bool], dict], float]] = {
-    "arithmetic": (_arithmetic, 0.4),
-    "tools": (_tools, 0.043),
-    "strings": (_strings, 0.19),
-    "facts": (_facts, 0.204),
-    "stories": (_stories, 0.083),
-    "talk": (_talk, 0.08),
+Maker = Callable[[random.Random, bool], dict]
+# Makers of documents, each with its share of the documents in each mixture.
+KINDS: dict[str, tuple[Maker, dict[str, float]]] = {
+    "arithmetic": (_arithmetic, {"first": 0.4, "second": 0.2}),
+    "thinking": (functools.partial(_arithmetic, thinking=1.0), {"second": 0.15}),
+    "tools": (_tools, {"first": 0.043, "second": 0.09}),
+    "strings": (_strings, {"first": 0.19, "second": 0.1}),
+    "copying": (functools.partial(_strings, skill="copy"), {"second": 0.25}),
+    "facts": (_facts, {"first": 0.204, "second": 0.12}),
+    "stories": (_stories, {"first": 0.083, "second": 0.05}),
+    "talk": (_talk, {"first": 0.08, "second": 0.04}),
 }
+MIXTURES = ("first", "second")
 
 
-def documents(seed: int, held: bool = False) -> Iterator[tuple[str, dict]]:
+def documents(seed: int, held: bool = False, mixture: str = "first") -> Iterator[tuple[str, dict]]:
     """(kind, line) without end; with `held` of the side that training never shows."""
     rng = random.Random(f"{seed} {'held out' if held else 'training'}")
-    names, shares = list(KINDS), [share for _, share in KINDS.values()]
+    shares = {name: found[mixture] for name, (_, found) in KINDS.items() if mixture in found}
+    names, shares = list(shares), list(shares.values())
     while True:
         name = rng.choices(names, shares)[0]
         yield name, KINDS[name][0](rng, held)
@@ -112,7 +120,7 @@ class TokenCounter:
 
 def write(path: Path, found: Iterator[tuple[str, dict]], every: int) -> dict[str, list[int]]:
     """Writes the lines; returns (documents, tokens, longest) of each kind, the last two from one document in `every`."""
-    count, totals = TokenCounter(), {name: [0, 0, 0] for name in KINDS}
+    count, totals = TokenCounter(), collections.defaultdict(lambda: [0, 0, 0])
     with path.open("w", encoding="utf-8", newline="\n") as file:
         for i, (name, line) in enumerate(found):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -140,11 +148,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for train.jsonl and eval.jsonl")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument("--size", type=int, default=220_000, help="documents to train on (default: %(default)s)")
+    parser.add_argument("--mixture", choices=MIXTURES, default="first", help="shares of the kinds (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, held, size, every in (("train", False, options.size, COUNTED), ("eval", True, EVAL_LINES, 1)):
         path = options.out / f"{name}.jsonl"
-        totals = write(path, itertools.islice(documents(options.seed, held), size), every)
+        totals = write(path, itertools.islice(documents(options.seed, held, options.mixture), size), every)
         print(f"{path}\n{report(totals)}\n")
 
 

@@ -23,7 +23,8 @@ LINES = 6000
 
 @pytest.fixture(scope="module")
 def training() -> list[dict]:
-    return [line for _, line in itertools.islice(tiny_data.documents(0), LINES)]
+    found = (itertools.islice(tiny_data.documents(0, mixture=mixture), LINES) for mixture in tiny_data.MIXTURES)
+    return [line for _, line in itertools.chain.from_iterable(found)]
 
 
 def _turns(lines: list[dict]):
