@@ -1,40 +1,190 @@
+"""The gated delta rule for TPU: shapes, blocks and gradient around the kernels of `tpu_kernels.py` and `tpu_backward.py`.
+
+q, k and v are read as [B, T, heads * width], so that a head is a whole number of registers wide and a chunk of it needs
+no transposition; g and beta as [B, blocks, heads, T], one row a head. `docs/kernels.md` explains the tiling.
+"""
+
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from qwen35_jax.ops.gated_delta import tpu_kernels as kernels
-from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK, Tile
 
-HB = 8
-VMEM = 100
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.gated_delta.tpu_backward import backward_kernel
+from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK, Tile, forward_kernel
+from qwen35_jax.ops.gated_delta.xla import FLOOR
+from qwen35_jax.ops.segments import segment_index
 
-def fwd(q, k, v, g, beta, s0, normalize=True, interpret=False):
-    B, T, K, Hk = q.shape
-    N, Hv = v.shape[2:]
-    group = N // K
-    keys = max(1, min(K, HB // group))
-    tile = Tile(keys, group, Hk, Hv, normalize)
-    hb = tile.heads
-    q, k, v = (x.reshape(B, T, -1) for x in (q, k, v))
-    g, beta = (jnp.transpose(x, (0, 2, 1)).reshape(B, N // hb, hb, T) for x in (g, beta))
-    f32 = jnp.float32
-    ks = pl.BlockSpec((None, CHUNK, keys * Hk), lambda b, h, m: (b, m, h))
-    vs = pl.BlockSpec((None, CHUNK, hb * Hv), lambda b, h, m: (b, m, h))
-    gs = pl.BlockSpec((None, None, hb, CHUNK), lambda b, h, m: (b, h, 0, m))
-    ss = pl.BlockSpec((None, hb, Hk, Hv), lambda b, h, m: (b, h, 0, 0))
+LANES = 128  # widths are multiples of it
+HEADS = 8  # value heads of a grid step: enough independent products to hide the latency of each
+VMEM_BYTES = 48 * 2**20  # of 64 MiB (v5p, v7x) or 128 MiB; float32 needs most of it
+RESIDUALS = ("gated_delta_states", "gated_delta_inverse", "gated_delta_updates")  # names for remat policies
+
+
+def supports(key_width: int, value_width: int) -> bool:
+    """Whether heads of these widths can be run."""
+    return key_width % LANES == 0 and value_width % LANES == 0
+
+
+def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk, *, interpret: bool = False):
+    """See `ops.gated_delta.gated_delta_rule`. Products take operands in bfloat16 where q, k and v all are, else in float32.
+
+    interpret: run the kernels on any device, slowly, as JAX operations.
+    """
+    batch, time, keys, key_width = q.shape
+    heads, value_width = v.shape[2:]
+    if not supports(key_width, value_width):
+        raise UserError(f"gated_delta_rule: pallas_tpu needs Hk and Hv in multiples of {LANES}, not {key_width} and {value_width}")
+    dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
+    block = _key_heads(keys, heads // keys)
+    tile = Tile(block, heads // keys, key_width, value_width, normalize_qk)
+    g, beta = (_rows(x, tile) for x in _gates(g, beta, segment_ids))
+    tokens = (_padded(x.reshape(batch, time, -1).astype(dtype), 1) for x in (q, k, v))
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
+    out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), tile, interpret)
+    return out[:, :time].reshape(v.shape).astype(v.dtype), final
+
+
+def _key_heads(keys: int, group: int) -> int:
+    """Key heads of a grid step: all that HEADS value heads read, in a number that divides keys."""
+    return max(n for n in range(1, keys + 1) if keys % n == 0 and (n == 1 or n * group <= HEADS))
+
+
+def _gates(g, beta, segment_ids):
+    """g and beta fp32 [B, T, N], 0 at padding; where a document begins, g cuts what came before."""
+    g, beta = jnp.maximum(g.astype(jnp.float32), FLOOR), beta.astype(jnp.float32)
+    if segment_ids is None:
+        return g, beta
+    real = (segment_ids != 0)[..., None]
+    begins = jnp.diff(segment_index(segment_ids), axis=1, prepend=0)[..., None] > 0
+    return jnp.where(begins, FLOOR, jnp.where(real, g, 0)), jnp.where(real, beta, 0)
+
+
+def _rows(x, tile: Tile):
+    """[B, T, N] -> [B, N / heads, heads, padded T]."""
+    x = jnp.swapaxes(x, 1, 2)
+    return _padded(x.reshape(x.shape[0], -1, tile.heads, x.shape[2]), 3)
+
+
+def _padded(x, axis: int):
+    """Zeros up to a whole number of chunks: with g = beta = 0 they leave the state as it is."""
+    return jnp.pad(x, [(0, -x.shape[axis] % CHUNK if i == axis else 0) for i in range(x.ndim)])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _rule(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool):
+    return _forward(q, k, v, g, beta, initial_state, tile, interpret, save=False)
+
+
+def _rule_fwd(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool):
+    out, final, *saved = _forward(q, k, v, g, beta, initial_state, tile, interpret, save=True)
+    saved = [checkpoint_name(x, name) for x, name in zip(saved, RESIDUALS, strict=True)]
+    return (out, final), (q, k, v, g, beta, *saved)
+
+
+def _rule_bwd(tile: Tile, interpret: bool, residuals, cotangents):
+    return _backward(residuals, cotangents, tile, interpret)
+
+
+_rule.defvjp(_rule_fwd, _rule_bwd)
+
+
+def _forward(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool, save: bool):
+    """out, final state and, to save for the gradient, what RESIDUALS names."""
+    specs = _Specs(tile, q.shape[1] // CHUNK, backwards=False)
+    inputs = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates, specs.state]
+    outputs = [specs.values, specs.state]
+    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
+    square = pltpu.VMEM((tile.heads, CHUNK, CHUNK), v.dtype)
+    scratch = [square] * (not save) + [_scratch(tile.heads, tile.key_width, tile.value_width), _scratch(tile.heads, CHUNK, CHUNK), square]
+    if save:
+        outputs += [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]
+        chunks = (q.shape[0], specs.chunks, initial_state.shape[1])
+        shapes += [jax.ShapeDtypeStruct((*chunks, *size), v.dtype) for size in (initial_state.shape[2:], (CHUNK, CHUNK))]
+        shapes += [shapes[0]]
+    kernel = functools.partial(forward_kernel, tile)
+    return _call(kernel, specs, (q, k, v, g, beta, initial_state), inputs, outputs, shapes, scratch, interpret)
+
+
+def _backward(residuals, cotangents, tile: Tile, interpret: bool):
+    """Gradients of q, k, v, g, beta and initial_state."""
+    q, k, v, g, beta, *_ = residuals
+    d_out, d_final = cotangents
+    specs = _Specs(tile, q.shape[1] // CHUNK, backwards=True)
+    saved = [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]
+    tokens = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates]
+    like = [*residuals[:5], d_final]
+    scratch = [
+        _scratch(tile.heads, tile.key_width, tile.value_width),
+        _scratch(tile.heads, CHUNK, CHUNK),
+        _scratch(tile.heads, CHUNK, CHUNK),
+        _scratch(tile.keys, 2 * CHUNK, CHUNK),
+        pltpu.VMEM((tile.heads, 2 * CHUNK, tile.value_width), v.dtype),
+        _scratch(tile.keys, 2 * CHUNK, tile.key_width),
+        _scratch(CHUNK, 5 * tile.heads),
+    ]
+    return _call(
+        functools.partial(backward_kernel, tile),
+        specs,
+        (*residuals, d_out, d_final),
+        [*tokens, *saved, specs.values, specs.state],
+        [*tokens, specs.state],
+        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
+        scratch,
+        interpret,
+    )
+
+
+class _Specs:
+    """Blocks of the arrays on the grid (batch, head block, chunk); chunks come last first where `backwards`."""
+
+    def __init__(self, tile: Tile, chunks: int, backwards: bool):
+        def at(m):
+            return chunks - 1 - m if backwards else m
+
+        heads = tile.heads
+        self.chunks, self.tile, self.at = chunks, tile, at
+        self.keys = pl.BlockSpec((None, CHUNK, tile.keys * tile.key_width), lambda b, h, m: (b, at(m), h))
+        self.values = pl.BlockSpec((None, CHUNK, heads * tile.value_width), lambda b, h, m: (b, at(m), h))
+        self.gates = pl.BlockSpec((None, None, heads, CHUNK), lambda b, h, m: (b, h, 0, at(m)))
+        self.state = pl.BlockSpec((None, heads, tile.key_width, tile.value_width), lambda b, h, m: (b, h, 0, 0))
+
+    def chunk(self, rows: int, columns: int) -> pl.BlockSpec:
+        """One matrix a head and chunk, [B, M, N, rows, columns]."""
+        return pl.BlockSpec((None, None, self.tile.heads, rows, columns), lambda b, h, m: (b, self.at(m), h, 0, 0))
+
+
+def _scratch(*shape: int):
+    return pltpu.VMEM(shape, jnp.float32)
+
+
+def _call(kernel, specs: _Specs, operands, inputs, outputs, shapes, scratch, interpret: bool):
+    batch, blocks = operands[3].shape[:2]
+    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *shapes))
+    steps, tile = batch * blocks * specs.chunks, specs.tile
+    products = 30 if len(outputs) == 6 else 20
     return pl.pallas_call(
-        functools.partial(kernels.forward_kernel, tile),
-        grid=(B, N // hb, T // CHUNK),
-        in_specs=[ks, ks, vs, gs, gs, ss],
-        out_specs=[vs, ss],
-        out_shape=[jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(s0.shape, f32)],
-        scratch_shapes=[pltpu.VMEM((hb, Hk, Hv), f32), pltpu.VMEM((hb, CHUNK, CHUNK), f32),
-                        pltpu.VMEM((hb, CHUNK, CHUNK), v.dtype), pltpu.VMEM((hb, CHUNK, CHUNK), v.dtype)],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=None),
+        kernel,
+        grid=(batch, blocks, specs.chunks),
+        in_specs=inputs,
+        out_specs=outputs,
+        out_shape=shapes,
+        scratch_shapes=scratch,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=steps * tile.heads * products * 2 * CHUNK**2 * tile.value_width,
+            bytes_accessed=moved,
+            transcendentals=steps * tile.heads * CHUNK**2,
+        ),
         interpret=interpret,
-        name="gated_delta_rule",
-    )(q, k, v, g, beta, s0)
+        name=kernel.func.__name__.replace("kernel", "gated_delta"),
+    )(*operands)

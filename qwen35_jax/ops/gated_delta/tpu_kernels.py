@@ -38,6 +38,10 @@ class Tile:
     def heads(self) -> int:
         return self.keys * self.group
 
+    def group_of(self, j: int) -> range:
+        """The value heads that read key head j."""
+        return range(j * self.group, (j + 1) * self.group)
+
     def key(self, j: int) -> slice:
         """Lanes of key head j in a block [C, keys * Hk]."""
         return slice(j * self.key_width, (j + 1) * self.key_width)
@@ -56,8 +60,12 @@ def dot(x: jax.Array, y: jax.Array, contract: str = "ij,jk") -> jax.Array:
     return lax.dot_general(x, y, dims, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _index(axis: int) -> jax.Array:
+def index(axis: int) -> jax.Array:
     return lax.broadcasted_iota(jnp.int32, (CHUNK, CHUNK), axis)
+
+
+def strictly_lower(x: jax.Array) -> jax.Array:
+    return jnp.where(index(0) > index(1), x, 0)
 
 
 def _inverse_length(x: jax.Array) -> jax.Array:
@@ -72,7 +80,7 @@ class Decays:
     def __init__(self, g: jax.Array, beta: jax.Array):
         heads = g.shape[0]
         coarse = jnp.floor(g * GRAIN + 0.5) / GRAIN
-        until = (_index(0) <= _index(1)).astype(jnp.float32)
+        until = (index(0) <= index(1)).astype(jnp.float32)
         sums = dot(jnp.concatenate([coarse, g - coarse]), until)
         last = sums[:, -1:]
         self.heads, self.sums = heads, sums
@@ -100,13 +108,13 @@ class Decays:
         heads = self.heads
         coarse = self._column(0, n) - self.sums[n : n + 1]
         rest = self._column(1, n) - self.sums[heads + n : heads + n + 1]
-        return jnp.exp(jnp.where(_index(0) >= _index(1), coarse + rest, -jnp.inf))
+        return jnp.exp(jnp.where(index(0) >= index(1), coarse + rest, -jnp.inf))
 
 
 def invert(lower_ref, inverse_ref, heads: int) -> None:
     """(I + L)^-1 of lower_ref [heads, C, C], block by block as in `inverse.py`, to inverse_ref in its dtype."""
     dtype = inverse_ref.dtype
-    row, column = _index(0), _index(1)
+    row, column = index(0), index(1)
     eye = (row == column).astype(jnp.float32)
     for n in range(heads):
         joins = (row // 2 == column // 2) & (row > column)
@@ -122,27 +130,42 @@ def invert(lower_ref, inverse_ref, heads: int) -> None:
         width *= 2
 
 
-def solve(lower: jax.Array, inverse: jax.Array, right: jax.Array) -> jax.Array:
-    """(I + L)^-1 right, fp32 [C, V]; an inverse in bfloat16 is refined once, with L in two parts of bfloat16."""
-    dtype = inverse.dtype
-    first = dot(inverse, right.astype(dtype))
+def solve(lower: jax.Array, inverse: jax.Array, right: jax.Array, transposed: bool = False) -> jax.Array:
+    """(I + L)^-1 right, or its transpose's, fp32 [C, V]; an inverse in bfloat16 is refined once, with L in two parts."""
+    dtype, contract = inverse.dtype, "ji,jk" if transposed else "ij,jk"
+    first = dot(inverse, right.astype(dtype), contract)
     if dtype == jnp.float32:
         return first
     first = first.astype(dtype)
     high = lower.astype(dtype)
     low = (lower - high.astype(jnp.float32)).astype(dtype)
-    both = dot(jnp.concatenate([high, low]), first)
+    both = dot(jnp.concatenate([high, low], axis=int(transposed)), first, contract)
     first = first.astype(jnp.float32)
     residual = right - first - (both[:CHUNK] + both[CHUNK:])
-    return first + dot(inverse, residual.astype(dtype))
+    return first + dot(inverse, residual.astype(dtype), contract)
 
 
-def forward_kernel(tile: Tile, q_ref, k_ref, v_ref, g_ref, beta_ref, first_ref, out_ref, final_ref, *refs):
+class Tokens:
+    """The tokens of one key head in a chunk: q, k [C, Hk] as they came, and 1 / |k|, 1 / |q| [C, 1]."""
+
+    def __init__(self, tile: Tile, q_ref, k_ref, j: int):
+        self.q, self.k = q_ref[:, tile.key(j)], k_ref[:, tile.key(j)]
+        self.both = jnp.concatenate([self.k, self.q])
+        one = jnp.ones((CHUNK, 1), jnp.float32)
+        self.length = _inverse_length(self.k) if tile.normalize else one
+        self.query_length = _inverse_length(self.q) if tile.normalize else one
+        self.scale = tile.key_width**-0.5 * self.query_length
+
+
+def forward_kernel(tile: Tile, *refs):
     """One chunk; grid (batch, head block, chunk), the state carried from chunk to chunk in VMEM.
 
-    Blocks: q, k [C, keys * Hk]; v, out [C, heads * Hv]; g, beta [heads, C] fp32; first and final state [heads, Hk, Hv].
+    Blocks: q, k [C, keys * Hk]; v, out [C, heads * Hv]; g, beta [heads, C] fp32; first and final state [heads, Hk, Hv]
+    fp32. Saved for the gradient where asked for, in the dtype of v: the state before the chunk [heads, Hk, Hv], the
+    inverse [heads, C, C] and u [C, heads * Hv].
     """
-    *saved, state_ref, lower_ref, inverse_ref, mixing_ref = refs
+    q_ref, k_ref, v_ref, g_ref, beta_ref, first_ref, out_ref, final_ref, *saved, state_ref, lower_ref, mixing_ref = refs
+    inverse_ref = saved[1] if len(saved) == 3 else saved.pop()
     dtype = v_ref.dtype
 
     @pl.when(pl.program_id(2) == 0)
@@ -150,31 +173,27 @@ def forward_kernel(tile: Tile, q_ref, k_ref, v_ref, g_ref, beta_ref, first_ref, 
         state_ref[...] = first_ref[...]
 
     decays = Decays(g_ref[...], beta_ref[...])
-    strict = _index(0) > _index(1)
-    for j in range(tile.keys):
-        k = k_ref[:, tile.key(j)]
-        both = dot(jnp.concatenate([k, q_ref[:, tile.key(j)]]), k, "ij,kj")
-        length = _inverse_length(k) if tile.normalize else 1.0
-        for n in range(j * tile.group, (j + 1) * tile.group):
+    tokens = [Tokens(tile, q_ref, k_ref, j) for j in range(tile.keys)]
+    for j, t in enumerate(tokens):
+        scores = dot(t.both, t.k, "ij,kj")
+        for n in tile.group_of(j):
             between = decays.between(n)
-            mixing_ref[n] = (between * both[CHUNK:]).astype(dtype)
-            lower_ref[n] = jnp.where(strict, between * both[:CHUNK] * (decays.beta(n) * length * length), 0)
+            mixing_ref[n] = (between * scores[CHUNK:]).astype(dtype)
+            lower_ref[n] = strictly_lower(between * scores[:CHUNK] * (decays.beta(n) * t.length * t.length))
     invert(lower_ref, inverse_ref, tile.heads)
-    for j in range(tile.keys):
-        k, q = k_ref[:, tile.key(j)], q_ref[:, tile.key(j)]
-        both = jnp.concatenate([k, q])
-        length = _inverse_length(k) if tile.normalize else 1.0
-        scale = tile.key_width**-0.5 * (_inverse_length(q) if tile.normalize else 1.0)
-        for n in range(j * tile.group, (j + 1) * tile.group):
-            before, v = decays.before(n), v_ref[:, tile.value(n)].astype(jnp.float32)
-            state = state_ref[n]
-            read = dot(both, state.astype(dtype))
-            right = (decays.beta(n) * length) * (v - (before * length) * read[:CHUNK])
+    for j, t in enumerate(tokens):
+        for n in tile.group_of(j):
+            before, state, v = decays.before(n), state_ref[n], v_ref[:, tile.value(n)].astype(jnp.float32)
+            read = dot(t.both, state.astype(dtype))
+            right = (decays.beta(n) * t.length) * (v - (before * t.length) * read[:CHUNK])
             update = solve(lower_ref[n], inverse_ref[n], right)
             out = before * read[CHUNK:] + dot(mixing_ref[n], update.astype(dtype))
-            out_ref[:, tile.value(n)] = (scale * out).astype(dtype)
+            out_ref[:, tile.value(n)] = (t.scale * out).astype(dtype)
             written = (decays.after(n) * update).astype(dtype)
-            state_ref[n] = decays.across[n : n + 1] * state + dot(k, written, "ji,jk")
+            state_ref[n] = decays.across[n : n + 1] * state + dot(t.k, written, "ji,jk")
+            if saved:
+                saved[0][n] = state.astype(dtype)
+                saved[2][:, tile.value(n)] = update.astype(dtype)
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
