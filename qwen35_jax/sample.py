@@ -52,7 +52,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of sampling, and of random weights", low
 PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "prompt tokens read at once", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weights and activations")
 KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
-KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "which form of the ops to use")
+KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "forms of the ops; auto: the best; pallas: TPU only")
 JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when all are finished")
 STATS = flags.DEFINE_bool("stats", False, "print times, speeds, op forms and bytes per device at the end")
 PROFILE = flags.DEFINE_string("profile", None, "write a jax.profiler trace of the generation to this directory")

@@ -44,7 +44,7 @@ def load(
         dtype: of weights and activations, bfloat16 or float32.
         revision: of a Hugging Face id.
         keep_fp8: keep the weights of an FP8 checkpoint as they are stored; without it they are dequantised while loading.
-        kernels: auto or xla.
+        kernels: auto, xla, or pallas (TPU only).
         seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
 
@@ -80,7 +80,7 @@ def load(
         _generation_config(directory),
     )
     config, params = _parameters(config, sharding, kernels, None if random_weights else source, seed)
-    model = Model(config, sharding, resolve_forms(sharding.mesh, kernels))
+    model = Model(config, sharding, resolve_forms(sharding.mesh, config, kernels))
     return LanguageModel(
         model,
         params,

@@ -15,7 +15,7 @@ def default_config() -> ConfigDict:
     c.steps = 1000  # optimizer steps
     c.seed = 0  # of random weights and of LoRA
     c.dtype = "bfloat16"  # of the computation; trained parameters are float32
-    c.kernels = "auto"  # auto | xla: forms of the ops
+    c.kernels = "auto"  # auto | xla | pallas (TPU only): forms of the ops
     c.remat = "full"  # what the backward pass computes again: full (all but the units' inputs) | dots (all but products) | none
     c.accumulate = 1  # parts of a batch that are run one after the other
     c.stop_after_skipped = 10  # end the run after so many steps in a row without a finite loss and gradient

@@ -142,7 +142,7 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
     if config.data.batch_size % ways:
         text = f"config.data.batch_size ({config.data.batch_size}) must be a multiple of {ways}"
         raise UserError(f"{text}: {sharding.batch} data shards x accumulate {config.accumulate}")
-    model = Model(origin.config, sharding, resolve_forms(sharding.mesh, config.kernels))
+    model = Model(origin.config, sharding, resolve_forms(sharding.mesh, origin.config, config.kernels))
     axes, kept = logical_axes(model), kept_params(model)
     if config.lora.rank:
         unit_axes = axes | {"units": jax.tree.map(lambda a: a.removeprefix("U "), axes["units"])}

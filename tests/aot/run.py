@@ -64,7 +64,7 @@ def make_program(case: Case) -> Program:
         return _training(case)
     config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
-    model = Model(config, Sharding(mesh), resolve_forms(mesh))
+    model = Model(config, Sharding(mesh), resolve_forms(mesh, config))
     if case.step == "decode":
         return make_decode(model, case.rows, case.capacity, config.vocab_size)
     return make_prefill(model, case.rows, case.rows, case.length, case.capacity)

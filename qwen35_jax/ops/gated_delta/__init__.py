@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta import xla
+from qwen35_jax.ops.gated_delta import tpu, xla
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
+
+RULES = {"xla": xla.gated_delta_rule, "pallas_tpu": tpu.gated_delta_rule}
 
 
 def gated_delta_rule(
@@ -34,22 +36,23 @@ def gated_delta_rule(
       segment_ids: int32 [B, T], non-decreasing over the real tokens; 0 marks padding, which leaves the state as it is.
         The state starts from zero where the id changes.
       normalize_qk: divide q and k by their length (x * rsqrt(sum x^2 + 1e-6)) first.
-      implementation: None or "xla".
+      implementation: None (xla), "xla" or "pallas_tpu".
 
     Returns:
       out [B, T, N, Hv] in v.dtype and final_state [B, N, Hk, Hv] fp32, that of the last segment. Differentiable in q,
-      k, v, g, beta and initial_state. The recurrence is computed in fp32 whatever the inputs.
+      k, v, g, beta and initial_state. "xla" computes in fp32 whatever the inputs; "pallas_tpu" rounds the operands of its
+      products to bf16 where q, k and v are bf16, and keeps sums, decays and the state in fp32.
 
     Raises:
       UserError: shapes that do not fit together, or an implementation that does not exist.
     """
-    check_implementation("gated_delta_rule", implementation)
+    check_implementation("gated_delta_rule", implementation, tuple(RULES))
     _check_shapes("gated_delta_rule", q, k, v, g, beta)
     check_segment_ids("gated_delta_rule", segment_ids, *q.shape[:2])
     expected = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
         raise UserError(f"gated_delta_rule: initial_state is {initial_state.shape}; pass [B, N, Hk, Hv] = {expected}")
-    return xla.gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
+    return RULES[implementation or "xla"](q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
 
 
 def gated_delta_step(

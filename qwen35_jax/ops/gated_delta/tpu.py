@@ -40,7 +40,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk,
     batch, time, keys, key_width = q.shape
     heads, value_width = v.shape[2:]
     if not supports(key_width, value_width):
-        raise UserError(f"gated_delta_rule: pallas_tpu needs Hk and Hv in multiples of {LANES}, not {key_width} and {value_width}")
+        raise UserError(f"gated_delta_rule: pallas_tpu needs Hk, Hv in multiples of {LANES}, not {key_width}, {value_width}")
     dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
     block = _key_heads(keys, heads // keys)
     tile = Tile(block, heads // keys, key_width, value_width, normalize_qk)
@@ -103,12 +103,14 @@ def _forward(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool, save:
     outputs = [specs.values, specs.state]
     shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
     square = pltpu.VMEM((tile.heads, CHUNK, CHUNK), v.dtype)
-    scratch = [square] * (not save) + [_scratch(tile.heads, tile.key_width, tile.value_width), _scratch(tile.heads, CHUNK, CHUNK), square]
+    scratch = [_scratch(tile.heads, tile.key_width, tile.value_width), _scratch(tile.heads, CHUNK, CHUNK), square]
     if save:
         outputs += [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]
         chunks = (q.shape[0], specs.chunks, initial_state.shape[1])
         shapes += [jax.ShapeDtypeStruct((*chunks, *size), v.dtype) for size in (initial_state.shape[2:], (CHUNK, CHUNK))]
-        shapes += [shapes[0]]
+        shapes.append(shapes[0])
+    else:
+        scratch.insert(0, square)
     kernel = functools.partial(forward_kernel, tile)
     return _call(kernel, specs, (q, k, v, g, beta, initial_state), inputs, outputs, shapes, scratch, interpret)
 
