@@ -242,7 +242,8 @@ def test_under_shard_map_and_vmap():
         ({"beta": np.zeros((2, 8, 4), np.int32)}, "beta has dtype int32"),
         ({"initial_state": np.zeros((2, 4, 8, 8), np.float32)}, "initial_state is"),
         ({"segment_ids": np.zeros((2, 7), np.int32)}, "segment_ids has shape"),
-        ({"implementation": "pallas_tpu"}, "no 'pallas_tpu' implementation"),
+        ({"implementation": "pallas_gpu"}, "no 'pallas_gpu' implementation"),
+        ({"implementation": "pallas_tpu"}, "Hk, Hv in multiples of 128, not 16, 8"),
     ],
 )
 def test_wrong_calls(change, message):

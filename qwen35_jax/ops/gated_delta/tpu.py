@@ -32,11 +32,8 @@ def supports(key_width: int, value_width: int) -> bool:
     return key_width % LANES == 0 and value_width % LANES == 0
 
 
-def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk, *, interpret: bool = False):
-    """See `ops.gated_delta.gated_delta_rule`. Products take operands in bfloat16 where q, k and v all are, else in float32.
-
-    interpret: run the kernels on any device, slowly, as JAX operations.
-    """
+def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk):
+    """See `ops.gated_delta.gated_delta_rule`. Products take operands in bfloat16 where q, k and v all are, else in float32."""
     batch, time, keys, key_width = q.shape
     heads, value_width = v.shape[2:]
     if not supports(key_width, value_width):
@@ -48,7 +45,7 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk,
     tokens = (_padded(x.reshape(batch, time, -1).astype(dtype), 1) for x in (q, k, v))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
-    out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), tile, interpret)
+    out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), tile)
     return out[:, :time].reshape(v.shape).astype(v.dtype), final
 
 
@@ -78,25 +75,25 @@ def _padded(x, axis: int):
     return jnp.pad(x, [(0, -x.shape[axis] % CHUNK if i == axis else 0) for i in range(x.ndim)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _rule(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool):
-    return _forward(q, k, v, g, beta, initial_state, tile, interpret, save=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _rule(q, k, v, g, beta, initial_state, tile: Tile):
+    return _forward(q, k, v, g, beta, initial_state, tile, save=False)
 
 
-def _rule_fwd(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool):
-    out, final, *saved = _forward(q, k, v, g, beta, initial_state, tile, interpret, save=True)
+def _rule_fwd(q, k, v, g, beta, initial_state, tile: Tile):
+    out, final, *saved = _forward(q, k, v, g, beta, initial_state, tile, save=True)
     saved = [checkpoint_name(x, name) for x, name in zip(saved, RESIDUALS, strict=True)]
     return (out, final), (q, k, v, g, beta, *saved)
 
 
-def _rule_bwd(tile: Tile, interpret: bool, residuals, cotangents):
-    return _backward(residuals, cotangents, tile, interpret)
+def _rule_bwd(tile: Tile, residuals, cotangents):
+    return _backward(residuals, cotangents, tile)
 
 
 _rule.defvjp(_rule_fwd, _rule_bwd)
 
 
-def _forward(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool, save: bool):
+def _forward(q, k, v, g, beta, initial_state, tile: Tile, save: bool):
     """out, final state and, to save for the gradient, what RESIDUALS names."""
     specs = _Specs(tile, q.shape[1] // CHUNK, backwards=False)
     inputs = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates, specs.state]
@@ -112,10 +109,10 @@ def _forward(q, k, v, g, beta, initial_state, tile: Tile, interpret: bool, save:
     else:
         scratch.insert(0, square)
     kernel = functools.partial(forward_kernel, tile)
-    return _call(kernel, specs, (q, k, v, g, beta, initial_state), inputs, outputs, shapes, scratch, interpret)
+    return _call(kernel, specs, (q, k, v, g, beta, initial_state), inputs, outputs, shapes, scratch)
 
 
-def _backward(residuals, cotangents, tile: Tile, interpret: bool):
+def _backward(residuals, cotangents, tile: Tile):
     """Gradients of q, k, v, g, beta and initial_state."""
     q, k, v, g, beta, *_ = residuals
     d_out, d_final = cotangents
@@ -140,7 +137,6 @@ def _backward(residuals, cotangents, tile: Tile, interpret: bool):
         [*tokens, specs.state],
         [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
         scratch,
-        interpret,
     )
 
 
@@ -167,7 +163,7 @@ def _scratch(*shape: int):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def _call(kernel, specs: _Specs, operands, inputs, outputs, shapes, scratch, interpret: bool):
+def _call(kernel, specs: _Specs, operands, inputs, outputs, shapes, scratch):
     batch, blocks = operands[3].shape[:2]
     moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *shapes))
     steps, tile = batch * blocks * specs.chunks, specs.tile
@@ -187,6 +183,5 @@ def _call(kernel, specs: _Specs, operands, inputs, outputs, shapes, scratch, int
             bytes_accessed=moved,
             transcendentals=steps * tile.heads * CHUNK**2,
         ),
-        interpret=interpret,
         name=kernel.func.__name__.replace("kernel", "gated_delta"),
     )(*operands)

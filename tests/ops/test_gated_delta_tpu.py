@@ -1,0 +1,225 @@
+"""The TPU kernels of the gated delta rule, interpreted on the CPU, against the recurrence in float64 of the same inputs."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.forms import Forms, resolve_forms
+from qwen35_jax.ops.gated_delta import gated_delta_rule, gated_delta_step, reference
+from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK
+
+NAMES = ("out", "final_state", "q", "k", "v", "g", "beta", "initial_state")
+GATES = [0.0, -1e-3, -5.0, -40.0, -200.0]
+H = 128
+# Relative Frobenius errors. Where all keys are one, beta's gradient is a small difference of large sums.
+LIMITS = {"float32": dict.fromkeys(NAMES, 1e-5), "bfloat16": dict.fromkeys(NAMES[:2], 5e-3) | dict.fromkeys(NAMES[2:], 6e-3)}
+REPEATED = {"float32": LIMITS["float32"], "bfloat16": LIMITS["bfloat16"] | {"beta": 3e-2}}
+DTYPES = list(LIMITS)
+
+kernel = functools.partial(gated_delta_rule, implementation="pallas_tpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
+    """Interpreted as TPU programs, with scratch that starts as NaN."""
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+def make(time=200, keys=2, heads=4, gate=None, repeated=None, dtype="float32", value_width=H, seed=0):
+    """(q, k, v, g, beta, initial_state), one row. gate: log decays to choose from; repeated: the noise on one same key."""
+    rng = np.random.default_rng(seed)
+    q, k = rng.normal(size=(2, 1, time, keys, H))
+    v, beta = rng.normal(size=(1, time, heads, value_width)), rng.uniform(size=(1, time, heads))
+    g = -np.exp(2 * rng.normal(size=beta.shape) - 2) if gate is None else rng.choice(np.atleast_1d(gate), size=beta.shape)
+    if repeated is not None:
+        k = rng.normal(size=(1, 1, keys, H)) + repeated * k
+        beta = np.full_like(beta, 0.9999 if repeated else 0.835)
+    state = rng.normal(size=(1, heads, H, value_width))
+    low = [np.asarray(x).astype(jnp.dtype(dtype)) for x in (q, k, v)]
+    return *low, *(x.astype(np.float32) for x in (g, beta, state))
+
+
+def run(rule, inputs, segment_ids=None, **options):
+    *inputs, state = inputs
+    return rule(*inputs, initial_state=state, segment_ids=segment_ids, **options)
+
+
+@functools.cache
+def jitted(rule):
+    return jax.jit(functools.partial(run, rule))
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="normalize_qk")
+def differentiate(rule, inputs, segment_ids, cotangents, normalize_qk=True):
+    values, vjp = jax.vjp(lambda *x: run(rule, x, segment_ids, normalize_qk=normalize_qk), *inputs)
+    return *values, *vjp(cotangents)
+
+
+def exact(function, *args, **options):
+    """`function` in float64, of inputs that may be rounded."""
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda x: np.asarray(x, x.dtype if x.dtype == np.int32 else np.float64), args)
+        return jax.tree.map(np.asarray, function(*wide, **options))
+
+
+def error(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def check(inputs, segment_ids=None, limits=LIMITS, **options):
+    """Values and the six gradients."""
+    rng = np.random.default_rng(1)
+    cotangents = tuple(rng.normal(size=inputs[i].shape).astype(inputs[i].dtype) for i in (2, 5))
+    got = differentiate(kernel, inputs, segment_ids, cotangents, **options)
+    oracle = functools.partial(differentiate, reference.gated_delta_rule)
+    want = exact(oracle, inputs, segment_ids, cotangents, **options)
+    assert [x.dtype for x in got] == [x.dtype for x in (inputs[2], inputs[5], *inputs)]
+    errors = {name: error(x, y) for name, x, y in zip(NAMES, got, want, strict=True)}
+    allowed = limits[inputs[2].dtype.name]
+    assert all(errors[name] <= allowed[name] for name in NAMES), errors
+
+
+def check_values(inputs, segment_ids=None):
+    want = exact(jitted(reference.gated_delta_rule), inputs, segment_ids)
+    got = jitted(kernel)(inputs, segment_ids)
+    errors = [error(x, y) for x, y in zip(got, want, strict=True)]
+    assert max(errors) <= LIMITS[inputs[2].dtype.name]["out"], errors
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gate", [None, *GATES, GATES], ids=str)
+def test_gates(gate, dtype):
+    check(make(gate=gate, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+def test_repeated_keys(noise, dtype):
+    """Identical and nearly identical keys: an inverse in bfloat16 that is not refined is off by 1e-2 here."""
+    check(make(gate=-1e-3, repeated=noise, dtype=dtype), limits=REPEATED)
+
+
+@pytest.mark.parametrize("time", [1, 2, CHUNK - 1, CHUNK, CHUNK + 1])
+def test_lengths(time):
+    check_values(make(time=time, keys=1, heads=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_length(dtype):
+    for time in range(1, CHUNK + 2):
+        check_values(make(time=time, keys=1, heads=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+def test_value_heads_per_key_head(group):
+    check(make(time=130, keys=1, heads=group))
+
+
+def test_several_head_blocks_and_wide_values():
+    check(make(time=130, keys=3, heads=12, value_width=2 * H))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_normalisation(dtype):
+    q, k, *rest = make(dtype=dtype)
+    k = (k / np.linalg.norm(k.astype(np.float32), axis=-1, keepdims=True)).astype(k.dtype)
+    check((q, k, *rest), normalize_qk=False)
+
+
+def test_zero_keys_and_queries():
+    q, k, *rest = make()
+    q[:, 20:90], k[:, 40:150] = 0, 0
+    check((q, k, *rest))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_documents_with_padding(dtype):
+    """Documents inside a chunk and over several, padding between and around them."""
+    ids = np.repeat([0, 4, 0, 7, 9, 0], [5, 60, 4, 120, 1, 10])
+    check(make(dtype=dtype), ids.astype(np.int32)[None])
+
+
+def test_packed_equals_separate():
+    lengths = [40, 1, 130, 20]
+    *inputs, state = make()
+    ids = np.pad(np.repeat(np.arange(1, 5), lengths), (0, 9)).astype(np.int32)[None]
+    out, final = jitted(kernel)((*inputs, state), ids)
+    begin = 0
+    for i, length in enumerate(lengths):
+        alone = [np.roll(x, -begin, axis=1) for x in inputs]
+        ids = (np.arange(200) < length).astype(np.int32)[None]
+        out_alone, final_alone = jitted(kernel)((*alone, state if i == 0 else np.zeros_like(state)), ids)
+        np.testing.assert_allclose(out[:, begin : begin + length], out_alone[:, :length], atol=2e-6)
+        begin += length
+    np.testing.assert_allclose(final, final_alone, atol=2e-6)
+
+
+def test_a_row_of_padding_keeps_its_state():
+    inputs = make()
+    _, final = jitted(kernel)(inputs, np.zeros((1, 200), np.int32))
+    np.testing.assert_array_equal(final, inputs[5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_split_equals_whole_and_hands_over_to_steps(dtype):
+    *inputs, state = make(dtype=dtype)
+    want = exact(jitted(reference.gated_delta_rule), (*inputs, state))
+    first, state = jitted(kernel)((*(x[:, :77] for x in inputs), state))
+    second, state = jitted(kernel)((*(x[:, 77:197] for x in inputs), state))
+    third, state = jax.jit(gated_delta_step)(*(x[:, 197:] for x in inputs), state)
+    assert error(jnp.concatenate([first, second, third], axis=1), want[0]) <= LIMITS[dtype]["out"]
+    assert error(state, want[1]) <= LIMITS[dtype]["final_state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_drift_over_32768_tokens(dtype):
+    check_values(make(time=32768, keys=1, heads=1, gate=[-1e-4, -1e-3, -1e-2], dtype=dtype))
+
+
+def test_no_races():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    inputs = make(time=130, keys=1, heads=2)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(run(kernel, x)[0])))
+        jax.block_until_ready(gradient(inputs))
+    assert not interpreter.races.races_found
+
+
+def test_under_shard_map_and_vmap():
+    """Heads over two devices, the state left to its default; and a vmapped axis."""
+    inputs = make(time=130)[:5]
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    tokens, state = jax.P(None, None, "model"), jax.P(None, "model")
+    sharded = jax.shard_map(kernel, mesh=mesh, in_specs=(tokens,) * 5, out_specs=(tokens, state), check_vma=False)
+    want = jax.jit(kernel)(*inputs)
+    mapped = jax.jit(jax.vmap(kernel))
+    for got in (jax.jit(sharded)(*inputs), mapped(*(x[:, None] for x in inputs))):
+        for x, y in zip(got, want, strict=True):
+            np.testing.assert_allclose(x.reshape(y.shape), y, atol=2e-6)
+
+
+def mesh_of(platform):
+    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=f"some {platform}")]))
+
+
+def test_choice_of_forms():
+    large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
+    chosen = Forms(gated_delta_rule="pallas_tpu")
+    assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
+    assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
+    assert resolve_forms(mesh_of("gpu"), large) == Forms()
+    with pytest.raises(UserError, match="kernels for TPU only, not for some gpu"):
+        resolve_forms(mesh_of("gpu"), large, "pallas")
