@@ -127,7 +127,8 @@ def _backward(residuals, cotangents, tile: Tile):
         _scratch(tile.keys, 2 * CHUNK, CHUNK),
         pltpu.VMEM((tile.heads, 2 * CHUNK, tile.value_width), v.dtype),
         _scratch(tile.keys, 2 * CHUNK, tile.key_width),
-        _scratch(CHUNK, 5 * tile.heads),
+        _scratch(CHUNK, 2 * tile.heads),
+        _scratch(2 * tile.heads, CHUNK),
     ]
     return _call(
         functools.partial(backward_kernel, tile),
