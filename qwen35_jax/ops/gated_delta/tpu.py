@@ -1,11 +1,12 @@
 """The gated delta rule for TPU: shapes, blocks and gradient around the kernels of `tpu_kernels.py` and `tpu_backward.py`.
 
 q, k and v are read as [B, T, heads * width], so that a head is a whole number of registers wide and a chunk of it needs
-no transposition; g and beta as [B, blocks, heads, T], one row a head. `docs/kernels.md` explains the tiling.
+no transposition; g and beta as [B, N, T], one row a head. `docs/kernels.md` explains the tiling.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -22,7 +23,8 @@ from qwen35_jax.ops.gated_delta.xla import FLOOR
 from qwen35_jax.ops.segments import segment_index
 
 LANES = 128  # widths are multiples of it
-HEADS = 8  # value heads of a grid step: enough independent products to hide the latency of each
+# Most value heads of a grid step, forward and backward: enough independent products to hide the latency of each.
+HEADS, BACKWARD_HEADS = 16, 8
 VMEM_BYTES = 48 * 2**20  # of 64 MiB (v5p, v7x) or 128 MiB; float32 needs most of it
 RESIDUALS = ("gated_delta_states", "gated_delta_inverse", "gated_delta_updates")  # names for remat policies
 
@@ -39,19 +41,19 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
     if not supports(key_width, value_width):
         raise UserError(f"gated_delta_rule: pallas_tpu needs Hk, Hv in multiples of {LANES}, not {key_width}, {value_width}")
     dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
-    block = _key_heads(keys, heads // keys)
-    tile = Tile(block, heads // keys, key_width, value_width, normalize_qk)
-    g, beta = (_rows(x, tile) for x in _gates(g, beta, segment_ids))
+    whole = Tile(keys, heads // keys, key_width, value_width, normalize_qk)
+    g, beta = (_padded(jnp.swapaxes(x, 1, 2), 2) for x in _gates(g, beta, segment_ids))
     tokens = (_padded(x.reshape(batch, time, -1).astype(dtype), 1) for x in (q, k, v))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
-    out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), tile)
+    out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), whole)
     return out[:, :time].reshape(v.shape).astype(v.dtype), final
 
 
-def _key_heads(keys: int, group: int) -> int:
-    """Key heads of a grid step: all that HEADS value heads read, in a number that divides keys."""
-    return max(n for n in range(1, keys + 1) if keys % n == 0 and (n == 1 or n * group <= HEADS))
+def _tile(whole: Tile, most: int) -> Tile:
+    """The largest whole number of key heads that divides all and has at most so many value heads; at least one."""
+    fits = [n for n in range(1, whole.keys + 1) if whole.keys % n == 0 and n * whole.group <= most]
+    return dataclasses.replace(whole, keys=max(fits, default=1))
 
 
 def _gates(g, beta, segment_ids):
@@ -64,62 +66,49 @@ def _gates(g, beta, segment_ids):
     return jnp.where(begins, FLOOR, jnp.where(real, g, 0)), jnp.where(real, beta, 0)
 
 
-def _rows(x, tile: Tile):
-    """[B, T, N] -> [B, N / heads, heads, padded T]."""
-    x = jnp.swapaxes(x, 1, 2)
-    return _padded(x.reshape(x.shape[0], -1, tile.heads, x.shape[2]), 3)
-
-
 def _padded(x, axis: int):
     """Zeros up to a whole number of chunks: with g = beta = 0 they leave the state as it is."""
     return jnp.pad(x, [(0, -x.shape[axis] % CHUNK if i == axis else 0) for i in range(x.ndim)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _rule(q, k, v, g, beta, initial_state, tile: Tile):
-    return _forward(q, k, v, g, beta, initial_state, tile, save=False)
+def _rule(q, k, v, g, beta, initial_state, whole: Tile):
+    return _forward(q, k, v, g, beta, initial_state, whole, save=False)
 
 
-def _rule_fwd(q, k, v, g, beta, initial_state, tile: Tile):
-    out, final, *saved = _forward(q, k, v, g, beta, initial_state, tile, save=True)
+def _rule_fwd(q, k, v, g, beta, initial_state, whole: Tile):
+    out, final, *saved = _forward(q, k, v, g, beta, initial_state, whole, save=True)
     saved = [checkpoint_name(x, name) for x, name in zip(saved, RESIDUALS, strict=True)]
     return (out, final), (q, k, v, g, beta, *saved)
 
 
-def _rule_bwd(tile: Tile, residuals, cotangents):
-    return _backward(residuals, cotangents, tile)
-
-
-_rule.defvjp(_rule_fwd, _rule_bwd)
-
-
-def _forward(q, k, v, g, beta, initial_state, tile: Tile, save: bool):
+def _forward(q, k, v, g, beta, initial_state, whole: Tile, save: bool):
     """out, final state and, to save for the gradient, what RESIDUALS names."""
+    tile = _tile(whole, HEADS)
     specs = _Specs(tile, q.shape[1] // CHUNK, backwards=False)
-    inputs = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates, specs.state]
-    outputs = [specs.values, specs.state]
-    shapes = [jax.ShapeDtypeStruct(v.shape, v.dtype), jax.ShapeDtypeStruct(initial_state.shape, jnp.float32)]
-    square = pltpu.VMEM((tile.heads, CHUNK, CHUNK), v.dtype)
-    scratch = [_scratch(tile.heads, tile.key_width, tile.value_width), _scratch(tile.heads, CHUNK, CHUNK), square]
+    outputs, shapes = [specs.values, specs.state], [v, initial_state]
     if save:
         outputs += [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]
-        chunks = (q.shape[0], specs.chunks, initial_state.shape[1])
+        chunks = (q.shape[0], specs.chunks, whole.heads)
         shapes += [jax.ShapeDtypeStruct((*chunks, *size), v.dtype) for size in (initial_state.shape[2:], (CHUNK, CHUNK))]
-        shapes.append(shapes[0])
-    else:
+        shapes.append(v)
+    square = pltpu.VMEM((tile.heads, CHUNK, CHUNK), v.dtype)
+    scratch = [_scratch(tile.heads, tile.key_width, tile.value_width), _scratch(tile.heads, CHUNK, CHUNK), square]
+    if not save:
         scratch.insert(0, square)
-    kernel = functools.partial(forward_kernel, tile)
-    return _call(kernel, specs, (q, k, v, g, beta, initial_state), inputs, outputs, shapes, scratch)
+    inputs = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates, specs.state]
+    operands = (q, k, v, specs.blocked(g), specs.blocked(beta), initial_state)
+    return _call(forward_kernel, specs, operands, inputs, outputs, shapes, scratch)
 
 
-def _backward(residuals, cotangents, tile: Tile):
+def _rule_bwd(whole: Tile, residuals, cotangents):
     """Gradients of q, k, v, g, beta and initial_state."""
-    q, k, v, g, beta, *_ = residuals
+    q, k, v, g, beta, *saved = residuals
     d_out, d_final = cotangents
+    tile = _tile(whole, BACKWARD_HEADS)
     specs = _Specs(tile, q.shape[1] // CHUNK, backwards=True)
-    saved = [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]
     tokens = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates]
-    like = [*residuals[:5], d_final]
+    states = [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]
     scratch = [
         _scratch(tile.heads, tile.key_width, tile.value_width),
         _scratch(tile.heads, CHUNK, CHUNK),
@@ -130,15 +119,13 @@ def _backward(residuals, cotangents, tile: Tile):
         _scratch(CHUNK, 2 * tile.heads),
         _scratch(2 * tile.heads, CHUNK),
     ]
-    return _call(
-        functools.partial(backward_kernel, tile),
-        specs,
-        (*residuals, d_out, d_final),
-        [*tokens, *saved, specs.values, specs.state],
-        [*tokens, specs.state],
-        [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like],
-        scratch,
-    )
+    arguments = (q, k, v, specs.blocked(g), specs.blocked(beta))
+    operands, inputs = (*arguments, *saved, d_out, d_final), [*tokens, *states, specs.values, specs.state]
+    gradients = _call(backward_kernel, specs, operands, inputs, [*tokens, specs.state], [*arguments, d_final], scratch)
+    return tuple(x.reshape(y.shape) for x, y in zip(gradients, (q, k, v, g, beta, d_final), strict=True))
+
+
+_rule.defvjp(_rule_fwd, _rule_bwd)
 
 
 class _Specs:
@@ -155,6 +142,10 @@ class _Specs:
         self.gates = pl.BlockSpec((None, None, heads, CHUNK), lambda b, h, m: (b, h, 0, at(m)))
         self.state = pl.BlockSpec((None, heads, tile.key_width, tile.value_width), lambda b, h, m: (b, h, 0, 0))
 
+    def blocked(self, x: jax.Array) -> jax.Array:
+        """[B, N, T] -> [B, blocks, heads, T]: a block's rows must be all of an axis, or a multiple of eight."""
+        return x.reshape(x.shape[0], -1, self.tile.heads, x.shape[2])
+
     def chunk(self, rows: int, columns: int) -> pl.BlockSpec:
         """One matrix a head and chunk, [B, M, N, rows, columns]."""
         return pl.BlockSpec((None, None, self.tile.heads, rows, columns), lambda b, h, m: (b, self.at(m), h, 0, 0))
@@ -164,13 +155,14 @@ def _scratch(*shape: int):
     return pltpu.VMEM(shape, jnp.float32)
 
 
-def _call(kernel, specs: _Specs, operands, inputs, outputs, shapes, scratch):
+def _call(kernel, specs: _Specs, operands, inputs, outputs, like, scratch):
+    """`like`: arrays, or shapes, of the outputs' shapes and dtypes."""
     batch, blocks = operands[3].shape[:2]
-    moved = sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *shapes))
-    steps, tile = batch * blocks * specs.chunks, specs.tile
-    products = 30 if len(outputs) == 6 else 20
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in like]
+    steps, tile = batch * blocks * specs.chunks * specs.tile.heads, specs.tile
+    rows = 25 if kernel is backward_kernel else 17  # products of a chunk's rows with a square matrix, about
     return pl.pallas_call(
-        kernel,
+        functools.partial(kernel, tile),
         grid=(batch, blocks, specs.chunks),
         in_specs=inputs,
         out_specs=outputs,
@@ -180,9 +172,9 @@ def _call(kernel, specs: _Specs, operands, inputs, outputs, shapes, scratch):
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=steps * tile.heads * products * 2 * CHUNK**2 * tile.value_width,
-            bytes_accessed=moved,
-            transcendentals=steps * tile.heads * CHUNK**2,
+            flops=steps * rows * 2 * CHUNK**2 * tile.value_width,
+            bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*operands, *shapes)),
+            transcendentals=steps * CHUNK**2,
         ),
-        name=kernel.func.__name__.replace("kernel", "gated_delta"),
+        name=f"gated_delta_{kernel.__name__}",
     )(*operands)

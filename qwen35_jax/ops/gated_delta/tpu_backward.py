@@ -116,9 +116,7 @@ def _through_scores(chunk: _Chunk) -> None:
             chunk.rows[_row(chunk, SPANS, n)] = _over_sublanes(jnp.where(index(0) >= index(1), crossing, 0))
             d_kk, d_qk = d_kk + d_lower * weight, d_qk + d_mixing * weight
         d_kk, d_qk = (t.length * d_kk).astype(chunk.dtype), d_qk.astype(chunk.dtype)
-        dk = chunk.d_tokens[j, :CHUNK] + dot(
-            jnp.concatenate([d_kk, d_kk.T, d_qk.T], axis=1), jnp.concatenate([t.k, t.k, t.q])
-        )
+        dk = chunk.d_tokens[j, :CHUNK] + dot(jnp.concatenate([d_kk, d_kk.T, d_qk.T], axis=1), jnp.concatenate([t.k, t.k, t.q]))
         dq = chunk.d_tokens[j, CHUNK:] + dot(d_qk, t.k)
         lanes = slice(None), chunk.tile.key(j)
         chunk.dk[lanes] = _across(chunk, dk, t.k, t.length).astype(chunk.dk.dtype)
