@@ -23,8 +23,9 @@ from qwen35_jax.ops.gated_delta.xla import FLOOR
 from qwen35_jax.ops.segments import segment_index
 
 LANES = 128  # widths are multiples of it
-# Most value heads of a grid step, forward and backward: enough independent products to hide the latency of each.
-HEADS, BACKWARD_HEADS = 16, 8
+# Most value heads of a grid step, forward and backward: enough independent products to hide the latency of each. Products
+# in float32 are six each, which hide their own latency and take the compiler minutes for 16 heads.
+HEADS = {"bfloat16": (16, 8), "float32": (4, 4)}
 VMEM_BYTES = 48 * 2**20  # of 64 MiB (v5p, v7x) or 128 MiB; float32 needs most of it
 RESIDUALS = ("gated_delta_states", "gated_delta_inverse", "gated_delta_updates")  # names for remat policies
 
@@ -84,7 +85,7 @@ def _rule_fwd(q, k, v, g, beta, initial_state, whole: Tile):
 
 def _forward(q, k, v, g, beta, initial_state, whole: Tile, save: bool):
     """out, final state and, to save for the gradient, what RESIDUALS names."""
-    tile = _tile(whole, HEADS)
+    tile = _tile(whole, HEADS[v.dtype.name][0])
     specs = _Specs(tile, q.shape[1] // CHUNK, backwards=False)
     outputs, shapes = [specs.values, specs.state], [v, initial_state]
     if save:
@@ -105,7 +106,7 @@ def _rule_bwd(whole: Tile, residuals, cotangents):
     """Gradients of q, k, v, g, beta and initial_state."""
     q, k, v, g, beta, *saved = residuals
     d_out, d_final = cotangents
-    tile = _tile(whole, BACKWARD_HEADS)
+    tile = _tile(whole, HEADS[v.dtype.name][1])
     specs = _Specs(tile, q.shape[1] // CHUNK, backwards=True)
     tokens = [specs.keys, specs.keys, specs.values, specs.gates, specs.gates]
     states = [specs.chunk(tile.key_width, tile.value_width), specs.chunk(CHUNK, CHUNK), specs.values]

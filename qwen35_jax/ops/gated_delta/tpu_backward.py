@@ -28,7 +28,8 @@ class _Chunk:
     def __init__(self, tile: Tile, refs):
         (self.q, self.k, self.v, self.g, self.beta, self.states, self.inverse, self.updates, self.d_out, self.d_final,
          self.dq, self.dk, self.dv, self.dg, self.dbeta, self.d_first,
-         self.d_state, self.lower, self.between, self.scores, self.rights, self.d_tokens, self.columns, self.rows) = refs  # fmt: skip
+         self.d_state, self.lower, self.between, self.scores, self.rights, self.d_tokens,
+         self.columns, self.rows) = refs  # fmt: skip
         self.tile, self.heads, self.dtype = tile, range(tile.heads), self.v.dtype
         self.decays = Decays(self.g[...])
         self.tokens = [Tokens(tile, self.q, self.k, j) for j in range(tile.keys)]
