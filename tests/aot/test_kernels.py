@@ -101,7 +101,7 @@ def compile_elsewhere(target: str, preset: str) -> dict:
         settings = SETTINGS | {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP.format(dump)}"}
         command = [sys.executable, "-m", "tests.aot.test_kernels", target, preset]
         root = Path(__file__).parents[2]
-        done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{target} {preset} did not compile:\n{done.stderr[-4000:]}"
         return {"seconds": json.loads(done.stdout.splitlines()[-1])} | bundles(Path(dump), preset)
 
