@@ -85,6 +85,7 @@ def check(inputs, segment_ids=None, limits=LIMITS, **options):
     want = exact(oracle, inputs, segment_ids, cotangents, **options)
     assert [x.dtype for x in got] == [x.dtype for x in (inputs[2], inputs[5], *inputs)]
     errors = {name: error(x, y) for name, x, y in zip(NAMES, got, want, strict=True)}
+    print({name: f"{x:.1e}" for name, x in errors.items()})
     allowed = limits[inputs[2].dtype.name]
     assert all(errors[name] <= allowed[name] for name in NAMES), errors
 
