@@ -41,11 +41,11 @@ _TOTAL = re.compile(r"total scheduled bundles:\s+(\d+)")
 # forward that saves for the gradient, backward.
 CEILINGS = {
     ("v5e", "35b-a3b"): (378, 384, 508),
-    ("v5p", "35b-a3b"): (372, 388, 524),
-    ("v6e", "35b-a3b"): (297, 301, 360),
     ("tpu7x", "35b-a3b"): (294, 299, 385),
 }
 SLOW = {
+    ("v5p", "35b-a3b"): (372, 388, 524),
+    ("v6e", "35b-a3b"): (297, 301, 360),
     ("v5e", "0.8b"): (417, 424, 590),
     ("v5p", "0.8b"): (418, 434, 594),
     ("v6e", "0.8b"): (309, 314, 443),
