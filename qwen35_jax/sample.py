@@ -165,18 +165,12 @@ def _prompts() -> list[tuple[str, str | list]]:
     return [(where, system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)) for where, p in placed]
 
 
-def _thinking() -> bool | None:
-    if THINK.value is None and PRESET.value is not None:
-        return SAMPLING_PRESETS[PRESET.value].enable_thinking
-    return THINK.value
-
-
 def _encode(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[list[int]]:
     """Token ids; UserError names the place of a prompt that cannot be used."""
     ids = []
     for where, prompt in prompts:
         try:
-            ids.append(lm.encode(prompt, enable_thinking=_thinking()))
+            ids.append(lm.encode(prompt, enable_thinking=THINK.value, preset=PRESET.value))
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
     return ids

@@ -77,9 +77,10 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
         raise UserError(f"mesh {text} needs {count} devices, but there are {len(devices)} ({kind}): {hint}")
     try:
         return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[:count])
-    except (AssertionError, NotImplementedError, ValueError) as error:  # TPU chips stand in a grid
+    except (AssertionError, NotImplementedError) as error:  # TPU chips stand in a grid, which not every mesh fits
         kind, there = devices[0].device_kind, len(devices)
-        raise UserError(f"mesh {text}: {count} of these {there} devices ({kind}) form no such mesh; use all {there}") from error
+        hint = f"use all {there}" if count < there else "use another shape"
+        raise UserError(f"mesh {text}: {count} of these {there} devices ({kind}) form no such mesh; {hint}") from error
 
 
 def to_host(x: jax.Array) -> np.ndarray:

@@ -133,8 +133,10 @@ class LanguageModel:
         ids = [self.encode(p, **_template_options(options)) for p in chosen]
         return self._run(ids, streaming=True, **_without_template_options(options))
 
-    def encode(self, prompt: Prompt, *, enable_thinking: bool | None = None, tools=None) -> list[int]:
-        """Token ids of a prompt: text as it is, ids checked, chats through the chat template."""
+    def encode(self, prompt: Prompt, *, enable_thinking: bool | None = None, tools=None, preset: str | None = None) -> list[int]:
+        """Token ids of a prompt: text as it is, ids checked, chats through the chat template (options: see `stream`)."""
+        if enable_thinking is None and preset is not None:
+            enable_thinking = sampling_preset(preset).enable_thinking
         if isinstance(prompt, np.ndarray):
             prompt = prompt.tolist()
         if not isinstance(prompt, str | list | tuple):
@@ -298,10 +300,7 @@ def _check_template_options(prompts: list, options: dict) -> None:
 
 
 def _template_options(options: dict) -> dict:
-    chosen = {name: options[name] for name in ("enable_thinking", "tools") if options.get(name) is not None}
-    if options.get("preset") is not None:
-        chosen.setdefault("enable_thinking", sampling_preset(options["preset"]).enable_thinking)
-    return chosen
+    return {name: options[name] for name in ("enable_thinking", "tools", "preset") if name in options}
 
 
 def _without_template_options(options: dict) -> dict:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta import gated_delta_rule, gated_delta_step, reference
 from qwen35_jax.ops.gated_delta.inverse import unit_lower_inverse
+from tests.ops.gated_delta_packing import check_packed_equals_separate
 
 VALUES, GRADIENTS = 2e-5, 2e-4  # the contract, relative to the largest entry
 GATES = [0.0, -1e-3, -5.0, -40.0, -200.0]
@@ -134,18 +135,8 @@ def jitted(rule):
 
 
 def test_packed_equals_separate():
-    lengths = [40, 1, 64, 30]
     *inputs, state = make(time=150, batch=1)
-    ids = np.pad(np.repeat(np.arange(1, 5), lengths), (0, 15)).astype(np.int32)[None]
-    out, final = jitted(gated_delta_rule)((*inputs, state), ids)
-    begin = 0
-    for i, length in enumerate(lengths):
-        alone = [np.roll(x, -begin, axis=1) for x in inputs]
-        ids = (np.arange(150) < length).astype(np.int32)[None]
-        out_alone, final_alone = jitted(gated_delta_rule)((*alone, state if i == 0 else np.zeros_like(state)), ids)
-        np.testing.assert_allclose(out[:, begin : begin + length], out_alone[:, :length], atol=2e-6)
-        begin += length
-    np.testing.assert_allclose(final, final_alone, atol=2e-6)
+    check_packed_equals_separate(jitted(gated_delta_rule), inputs, state, [40, 1, 64, 30])
 
 
 def test_padding_changes_nothing():

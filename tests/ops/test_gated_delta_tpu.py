@@ -16,6 +16,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.forms import Forms, resolve_forms
 from qwen35_jax.ops.gated_delta import gated_delta_rule, gated_delta_step, reference
 from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK
+from tests.ops.gated_delta_packing import check_packed_equals_separate
 
 NAMES = ("out", "final_state", "q", "k", "v", "g", "beta", "initial_state")
 GATES = [0.0, -1e-3, -5.0, -40.0, -200.0]
@@ -152,18 +153,8 @@ def test_packed_documents_with_padding(dtype):
 
 
 def test_packed_equals_separate():
-    lengths = [40, 1, 130, 20]
     *inputs, state = make()
-    ids = np.pad(np.repeat(np.arange(1, 5), lengths), (0, 9)).astype(np.int32)[None]
-    out, final = jitted(kernel)((*inputs, state), ids)
-    begin = 0
-    for i, length in enumerate(lengths):
-        alone = [np.roll(x, -begin, axis=1) for x in inputs]
-        ids = (np.arange(200) < length).astype(np.int32)[None]
-        out_alone, final_alone = jitted(kernel)((*alone, state if i == 0 else np.zeros_like(state)), ids)
-        np.testing.assert_allclose(out[:, begin : begin + length], out_alone[:, :length], atol=2e-6)
-        begin += length
-    np.testing.assert_allclose(final, final_alone, atol=2e-6)
+    check_packed_equals_separate(jitted(kernel), inputs, state, [40, 1, 130, 20])
 
 
 def test_a_row_of_padding_keeps_its_state():
