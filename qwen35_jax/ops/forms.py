@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 from jax.sharding import Mesh
 
+from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta import tpu
@@ -37,9 +39,30 @@ def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto") -> For
     if kernels not in KERNEL_CHOICES:
         choices = ", ".join(KERNEL_CHOICES)
         raise UserError(f"kernels {kernels!r}: no such form for {device.device_kind}; choose from {choices}")
-    if kernels == "pallas" and device.platform != "tpu":
-        raise UserError(f"kernels 'pallas': there are kernels for TPU only, not for {device.device_kind}; use auto or xla")
-    supported = tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim)
-    if kernels == "xla" or device.platform != "tpu" or not supported:
-        return Forms()
-    return Forms(gated_delta_rule="pallas_tpu")
+    forms = _kernels_for(device, config)
+    if kernels == "pallas" and forms is None:
+        raise UserError(f"kernels 'pallas': there are none for {device.device_kind}, only for {_WHERE}; use auto or xla")
+    return Forms() if kernels == "xla" or forms is None else forms
+
+
+_WHERE = "TPU and, with JAX 0.11 or newer, H100 and H200"
+
+
+def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
+    """Our kernels for a device, as far as they support the model; None where the device has none at all."""
+    if device.platform == "tpu":
+        return _tpu_forms(config)
+    if device.platform == "gpu" and HAS_MOSAIC_GPU and device.compute_capability == "9.0":
+        return _hopper_forms(config)
+    return None
+
+
+def _tpu_forms(config: ModelConfig) -> Forms:
+    forms = {}
+    if tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim):
+        forms["gated_delta_rule"] = "pallas_tpu"
+    return Forms(**forms)
+
+
+def _hopper_forms(config: ModelConfig) -> Forms:
+    return Forms()

@@ -204,7 +204,8 @@ def test_under_shard_map_and_vmap():
 
 
 def mesh_of(platform):
-    return SimpleNamespace(devices=np.array([SimpleNamespace(platform=platform, device_kind=f"some {platform}")]))
+    device = SimpleNamespace(platform=platform, device_kind=f"some {platform}", compute_capability="8.0")
+    return SimpleNamespace(devices=np.array([device]))
 
 
 def test_choice_of_forms():
@@ -213,5 +214,5 @@ def test_choice_of_forms():
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
     assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
     assert resolve_forms(mesh_of("gpu"), large) == Forms()
-    with pytest.raises(UserError, match="kernels for TPU only, not for some gpu"):
+    with pytest.raises(UserError, match="none for some gpu, only for TPU"):
         resolve_forms(mesh_of("gpu"), large, "pallas")
