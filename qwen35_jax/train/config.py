@@ -16,7 +16,9 @@ def default_config() -> ConfigDict:
     c.seed = 0  # of random weights and of LoRA
     c.dtype = "bfloat16"  # of the computation; trained parameters are float32
     c.kernels = "auto"  # auto | xla | pallas (TPU only): forms of the ops
-    c.remat = "full"  # what the backward pass computes again: full (all but the units' inputs) | dots (all but products) | none
+    # What the backward pass computes again: full (all but the units' inputs) | gated_delta (the same, but nothing of the
+    # recurrence) | dots (all but products) | none
+    c.remat = "full"
     c.accumulate = 1  # parts of a batch that are run one after the other
     c.stop_after_skipped = 10  # end the run after so many steps in a row without a finite loss and gradient
 
@@ -84,7 +86,7 @@ def default_config() -> ConfigDict:
 def check_config(c: ConfigDict) -> None:
     """UserError for values outside what their fields accept."""
     choices = {
-        "remat": ("full", "dots", "none"),
+        "remat": ("full", "gated_delta", "dots", "none"),
         "dtype": ("bfloat16", "float32"),
         "data.loss_on": ("assistant", "all"),
         "data.bad_lines": ("stop", "skip"),

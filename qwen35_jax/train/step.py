@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from qwen35_jax.model import Model
+from qwen35_jax.ops.gated_delta import KEPT
 from qwen35_jax.ops.moe import balance_loss
 from qwen35_jax.ops.segments import segment_positions
 from qwen35_jax.program import Program, abstract_array, make_program
@@ -28,6 +29,7 @@ from qwen35_jax.train.weights import Weights
 
 REMAT = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "gated_delta": jax.checkpoint_policies.save_only_these_names(*KEPT),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

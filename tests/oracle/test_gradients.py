@@ -144,6 +144,6 @@ def test_gradients_on_meshes(name, mesh, tmp_path):
     check(name, tmp_path / "model", mesh)
 
 
-@pytest.mark.parametrize("options", [{"remat": "none"}, {"remat": "dots", "stacked": False}])
+@pytest.mark.parametrize("options", [{"remat": "none"}, {"remat": "gated_delta"}, {"remat": "dots", "stacked": False}])
 def test_gradients_of_every_form(options, tmp_path):
     check("moe_tied_mtp", tmp_path / "model", **options)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import jax
 import numpy as np
 import pytest
+from jax._src.core import jaxprs_in_params
+from jax.extend.core import Literal
 
+from qwen35_jax.model import Model
+from qwen35_jax.ops.forms import Forms
 from qwen35_jax.train.run import initial_state
-from tests.train.conftest import random_batch, small_run
+from qwen35_jax.train.step import abstract_batch
+from tests.train.conftest import SMALL, random_batch, small_run
 
 STEPS = 20
 # One mesh against another, fp32: sums in other orders, through twenty updates.
@@ -106,3 +112,32 @@ def test_lora_trains_its_own_matrices_alone():
     np.testing.assert_array_equal(merged["embed"]["embedding"], base["embed"]["embedding"])
     experts = [tree["units"]["layers"]["0"]["mlp"]["experts"]["down"] for tree in (merged, base)]
     assert np.any(np.asarray(experts[0]) != experts[1])
+
+
+def _used(jaxpr, primitive: str, name: str) -> int:
+    """How many equations of a primitive, whose name starts so, have a result that is used: XLA drops the others."""
+    reads = [*(v for eqn in jaxpr.eqns for v in eqn.invars), *jaxpr.outvars]
+    read = {v for v in reads if not isinstance(v, Literal)}
+    found = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == primitive and eqn.params.get("name", "").startswith(name):
+            found += any(v in read for v in eqn.outvars)
+        elif eqn.primitive.name != "pallas_call":
+            found += sum(_used(inner, primitive, name) for inner in jaxprs_in_params(eqn.params))
+    return found
+
+
+@pytest.mark.parametrize(("form", "forward"), [("xla", ("scan", "")), ("pallas_tpu", ("pallas_call", "gated_delta_forward"))])
+def test_a_recurrence_that_is_kept_is_not_run_again(form, forward):
+    changes = SMALL | {"num_hidden_layers": 4, "full_attention_interval": 4}  # three Gated DeltaNet layers
+    changes |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    run = small_run(model__changes=changes, loss__mtp=0.0)
+    model = Model(run.model.config, run.model.sharding, Forms(gated_delta_rule=form))
+    weights = dataclasses.replace(run.loss.weights, model=model)
+
+    def passes(remat: str) -> int:
+        loss = dataclasses.replace(run.loss, weights=weights, remat=remat)
+        gradient = jax.grad(lambda params, batch: loss.sums(params, run.state["frozen"], batch)["nll"])
+        return _used(jax.make_jaxpr(gradient)(run.state["params"], abstract_batch(model, 2, 128)).jaxpr, *forward)
+
+    assert passes("full") == passes("gated_delta") + 3

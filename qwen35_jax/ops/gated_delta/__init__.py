@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta import tpu, xla
+from qwen35_jax.ops.gated_delta.kept import KEPT, OUT
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
+
+__all__ = ["KEPT", "gated_delta_rule", "gated_delta_step"]
 
 RULES = {"xla": xla.gated_delta_rule, "pallas_tpu": tpu.gated_delta_rule}
 
@@ -52,7 +56,8 @@ def gated_delta_rule(
     expected = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
         raise UserError(f"gated_delta_rule: initial_state is {initial_state.shape}; pass [B, N, Hk, Hv] = {expected}")
-    return RULES[implementation or "xla"](q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
+    out, final = RULES[implementation or "xla"](q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
+    return checkpoint_name(out, OUT), final
 
 
 def gated_delta_step(

@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.gated_delta.kept import INVERSE, STATES, UPDATES
 from qwen35_jax.ops.gated_delta.tpu_backward import backward_kernel
 from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK, Tile, forward_kernel
 from qwen35_jax.ops.gated_delta.xla import FLOOR
@@ -27,7 +28,6 @@ LANES = 128  # widths are multiples of it
 # in float32 are six each, which hide their own latency and take the compiler minutes for 16 heads.
 HEADS = {"bfloat16": (16, 8), "float32": (4, 4)}
 VMEM_BYTES = 48 * 2**20  # of 64 MiB (v5p, v7x) or 128 MiB; float32 needs most of it
-RESIDUALS = ("gated_delta_states", "gated_delta_inverse", "gated_delta_updates")  # names for remat policies
 
 
 def supports(key_width: int, value_width: int) -> bool:
@@ -79,12 +79,12 @@ def _rule(q, k, v, g, beta, initial_state, whole: Tile):
 
 def _rule_fwd(q, k, v, g, beta, initial_state, whole: Tile):
     out, final, *saved = _forward(q, k, v, g, beta, initial_state, whole, save=True)
-    saved = [checkpoint_name(x, name) for x, name in zip(saved, RESIDUALS, strict=True)]
+    saved = [checkpoint_name(x, name) for x, name in zip(saved, (STATES, INVERSE, UPDATES), strict=True)]
     return (out, final), (q, k, v, g, beta, *saved)
 
 
 def _forward(q, k, v, g, beta, initial_state, whole: Tile, save: bool):
-    """out, final state and, to save for the gradient, what RESIDUALS names."""
+    """out, final state and, to save for the gradient, states, inverses and updates."""
     tile = _tile(whole, HEADS[v.dtype.name][0])
     specs = _Specs(tile, q.shape[1] // CHUNK, backwards=False)
     outputs, shapes = [specs.values, specs.state], [v, initial_state]

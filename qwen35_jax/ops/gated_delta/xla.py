@@ -18,8 +18,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from qwen35_jax.ops.gated_delta.inverse import unit_lower_inverse
+from qwen35_jax.ops.gated_delta.kept import INVERSE, STATES
 from qwen35_jax.ops.segments import segment_index
 
 CHUNK = 64
@@ -68,6 +70,7 @@ def _rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk):
 
 def _rule_fwd(q, k, v, g, beta, initial_state, segment_ids, normalize_qk):
     out, final, saved = _forward(q, k, v, g, beta, initial_state, segment_ids, normalize_qk, save=True)
+    saved = tuple(checkpoint_name(x, name) for x, name in zip(saved, (INVERSE, STATES), strict=True))
     return (out, final), (q, k, v, g, beta, initial_state, segment_ids, saved)
 
 
