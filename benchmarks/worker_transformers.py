@@ -18,7 +18,7 @@ def build(options: dict) -> torch.nn.Module:
     kept = ("theta", "partial_rotary_factor", "mrope_section", "rope_type")
     shape["rope_parameters"] = {names.get(k, k): rope[k] for k in kept} | {"mrope_interleaved": True}
     kind = transformers.Qwen3_5MoeTextConfig if moe else transformers.Qwen3_5TextConfig
-    ignored = ("vision", "dtype", "fp8_weights", "quantized_source", "mtp_num_hidden_layers", "eos_token_id")
+    ignored = ("vision", "dtype", "fp8_weights", "quantized_source", "fp8_activations", "mtp_num_hidden_layers", "eos_token_id")
     config = kind(**{name: value for name, value in shape.items() if name not in ignored})
     config._attn_implementation = "sdpa"
     torch.set_default_dtype(getattr(torch, options["dtype"]))

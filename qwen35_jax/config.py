@@ -66,7 +66,8 @@ class ModelConfig:
     """The text model under the field names of `text_config`, the vision tower beside it, and the form of the parameters.
 
     `dtype` is that of parameters and activations. `fp8_weights` keeps the linear layers that the published FP8 checkpoints
-    quantise as `Fp8Weight`; `quantized_source` says that the checkpoint stores them so.
+    quantise as `Fp8Weight`; `quantized_source` says that the checkpoint stores them so. `fp8_activations`: their products take
+    activations in FP8 too.
     """
 
     vocab_size: int
@@ -97,6 +98,7 @@ class ModelConfig:
     dtype: str = "bfloat16"
     fp8_weights: bool = False
     quantized_source: bool = False
+    fp8_activations: bool = False
 
     def __post_init__(self):
         ffn = "moe_intermediate_size" if self.num_experts else "intermediate_size"
@@ -134,6 +136,8 @@ class ModelConfig:
             )
         if self.dtype not in ("bfloat16", "float32"):
             raise UserError(f"dtype is {self.dtype!r}; accepted are bfloat16 and float32")
+        if self.fp8_activations and not self.fp8_weights:
+            raise UserError("fp8_activations: only products of weights in FP8 take activations in FP8; keep the weights so too")
 
     @property
     def rotary_dim(self) -> int:

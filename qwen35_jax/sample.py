@@ -52,6 +52,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of sampling, and of random weights", low
 PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "prompt tokens read at once", lower_bound=1)
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weights and activations")
 KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
+FP8_ACTIVATIONS = flags.DEFINE_bool("fp8_activations", False, "with --keep_fp8: multiply them with activations in FP8 too")
 KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "forms of the ops; auto: the best; pallas: TPU only")
 JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when all are finished")
 STATS = flags.DEFINE_bool("stats", False, "print times, speeds, op forms and bytes per device at the end")
@@ -82,6 +83,7 @@ def main(arguments: list[str]) -> None:
             DTYPE.value,
             revision=REVISION.value,
             keep_fp8=KEEP_FP8.value,
+            fp8_activations=FP8_ACTIVATIONS.value,
             kernels=KERNELS.value,
             seed=SEED.value,
             random_weights=RANDOM.value,
@@ -115,6 +117,7 @@ def _check(arguments: list[str]) -> None:
             raise UserError(f"--{flag.name} is empty: give it a value, or leave it out")
     exclusive = (
         (CHECKPOINT.value and MODEL.value, "--checkpoint and --model: give one of them"),
+        (FP8_ACTIVATIONS.value and not KEEP_FP8.value, "--fp8_activations needs --keep_fp8"),
         (REVISION.value and not CHECKPOINT.value, "--revision belongs to --checkpoint"),
         (RANDOM.value and CHECKPOINT.value, "--random_weights goes with --model, not with --checkpoint"),
         (RAW.value and SYSTEM.value is not None, "--raw uses no chat template, so there is no place for --system"),

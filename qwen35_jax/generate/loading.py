@@ -30,6 +30,7 @@ def load(
     *,
     revision: str | None = None,
     keep_fp8: bool = False,
+    fp8_activations: bool = False,
     kernels: str = "auto",
     seed: int = 0,
     random_weights: bool = False,
@@ -44,6 +45,8 @@ def load(
         dtype: of weights and activations, bfloat16 or float32.
         revision: of a Hugging Face id.
         keep_fp8: keep the weights of an FP8 checkpoint as they are stored; without it they are dequantised while loading.
+        fp8_activations: with `keep_fp8`: round the inputs of those weights to FP8 as well (one scale for 128 numbers of a token),
+            as servers of FP8 checkpoints do, and multiply in FP8. Without it the weights alone are FP8.
         kernels: auto, xla, or pallas (TPU only).
         seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
@@ -69,7 +72,9 @@ def load(
     else:
         source = open_source(name, revision)
         config, directory = ModelConfig.from_hf(source.config), source.directory
-    config = config.replace(dtype=dtype, fp8_weights=keep_fp8)
+    if fp8_activations and not keep_fp8:
+        raise UserError("fp8_activations needs keep_fp8: only products of weights kept in FP8 take activations in FP8")
+    config = config.replace(dtype=dtype, fp8_weights=keep_fp8, fp8_activations=fp8_activations)
     check_mesh(config, sharding)
     if keep_fp8 and not random_weights and not config.quantized_source:
         raise UserError(f"keep_fp8: {name} holds no FP8 weights")

@@ -9,10 +9,9 @@ from flax import nnx
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
+from qwen35_jax.model.products import Products
 from qwen35_jax.ops.attention import attention, cached_attention
 from qwen35_jax.ops.forms import Forms
-from qwen35_jax.ops.fp8 import share_activation
-from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.norm import rms_norm
 from qwen35_jax.ops.rotary import apply_rotary
 from qwen35_jax.sharding import Sharding
@@ -32,16 +31,17 @@ class GatedAttention(nnx.Module):
         self.k_norm = declare(config, "H", (h,), "zeros")
         self.out = declare(config, "N H D", (n, h, d), fp8=True)
         self.eps, self.sharding, self.forms = config.rms_norm_eps, sharding, forms
+        self.multiply = Products(config, sharding, forms)
 
     @jax.named_scope("gated_attention")
     def __call__(self, x: jax.Array, inputs: Inputs, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] -> ([B, T, D], the unit's cache with the new keys and values)."""
-        s, form = self.sharding, self.forms.linear
-        x = share_activation(x, self.q_gate.get_value(), self.k.get_value(), self.v.get_value())
-        q_gate = linear(x, s.repeat_heads(self.q_gate.get_value(), "D N G H", "N"), "BTD,DNGH->BTNGH", implementation=form)
+        s, multiply = self.sharding, self.multiply
+        x = multiply.share(x, self.q_gate.get_value(), self.k.get_value(), self.v.get_value())
+        q_gate = multiply(x, s.repeat_heads(self.q_gate.get_value(), "D N G H", "N"), "BTD,DNGH->BTNGH")
         q, gate = q_gate[..., 0, :], q_gate[..., 1, :]
-        k = linear(x, s.repeat_heads(self.k.get_value(), "D K H", "K"), "BTD,DKH->BTKH", implementation=form)
-        v = linear(x, s.repeat_heads(self.v.get_value(), "D K H", "K"), "BTD,DKH->BTKH", implementation=form)
+        k = multiply(x, s.repeat_heads(self.k.get_value(), "D K H", "K"), "BTD,DKH->BTKH")
+        v = multiply(x, s.repeat_heads(self.v.get_value(), "D K H", "K"), "BTD,DKH->BTKH")
         q = apply_rotary(rms_norm(q, self.q_norm.get_value(), self.eps), inputs.cos, inputs.sin)
         k = apply_rotary(rms_norm(k, self.k_norm.get_value(), self.eps), inputs.cos, inputs.sin)
         if cache is None:
@@ -50,7 +50,7 @@ class GatedAttention(nnx.Module):
             y, cache = self._attend_cached(q, k, v, inputs, cache)
         y = s.constrain(y * jax.nn.sigmoid(gate), "B T N H")
         out = s.repeat_heads(self.out.get_value(), "N H D", "N", once=True)
-        return s.constrain(linear(y, out, "BTNH,NHD->BTD", implementation=form), "B T D"), cache
+        return s.constrain(multiply(y, out, "BTNH,NHD->BTD"), "B T D"), cache
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> jax.Array:
         def local(q, k, v, segment_ids):

@@ -9,11 +9,10 @@ from flax import nnx
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
+from qwen35_jax.model.products import Products
 from qwen35_jax.ops.causal_conv import causal_conv1d
 from qwen35_jax.ops.forms import Forms
-from qwen35_jax.ops.fp8 import share_activation
 from qwen35_jax.ops.gated_delta import gated_delta_rule, gated_delta_step
-from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.norm import gated_rms_norm
 from qwen35_jax.sharding import Sharding
 
@@ -41,11 +40,12 @@ class GatedDeltaNet(nnx.Module):
         self.norm = declare(config, "H", (hv,), "ones", dtype="float32")
         self.out = declare(config, "N H D", (n, hv, d), fp8=True)
         self.eps, self.sharding, self.forms = config.rms_norm_eps, sharding, forms
+        self.multiply = Products(config, sharding, forms)
 
     @jax.named_scope("gated_delta_net")
     def __call__(self, x: jax.Array, inputs: Inputs, state: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] -> ([B, T, D], the layer's windows and recurrent state after the last real token)."""
-        x = share_activation(x, *(w.get_value() for w in (self.q, self.k, self.v, self.z)))
+        x = self.multiply.share(x, *(w.get_value() for w in (self.q, self.k, self.v, self.z)))
         project = {
             "q": self._project(x, self.q, "D K H"),
             "k": self._project(x, self.k, "D K H"),
@@ -61,13 +61,13 @@ class GatedDeltaNet(nnx.Module):
         o, state = mapped(project, weights, inputs.segment_ids, inputs.slots, state)
         y = gated_rms_norm(o, self._project(x, self.z, "D N H"), self.norm.get_value(), self.eps)
         out = self.sharding.repeat_heads(self.out.get_value(), "N H D", "N", once=True)
-        y = linear(self.sharding.constrain(y, "B T N H"), out, "BTNH,NHD->BTD", implementation=self.forms.linear)
+        y = self.multiply(self.sharding.constrain(y, "B T N H"), out, "BTNH,NHD->BTD")
         return self.sharding.constrain(y, "B T D"), state
 
     def _project(self, x: jax.Array, weight: nnx.Param, axes: str) -> jax.Array:
         letters = axes.replace(" ", "")
         weight = self.sharding.repeat_heads(weight.get_value(), axes, letters[1])
-        return linear(x, weight, f"BTD,{letters}->BT{letters[1:]}", implementation=self.forms.linear)
+        return self.multiply(x, weight, f"BTD,{letters}->BT{letters[1:]}")
 
     def _mix(self, x: dict, w: dict, segment_ids: jax.Array, slots: jax.Array | None, state: dict | None):
         """Convolution, gates and recurrence on one device's heads and rows."""

@@ -9,9 +9,8 @@ from flax import nnx
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
+from qwen35_jax.model.products import Products
 from qwen35_jax.ops.forms import Forms
-from qwen35_jax.ops.fp8 import share_activation
-from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.moe import EXPERT_AXES, RouterLoad, Routing, moe_apply, route
 from qwen35_jax.sharding import Sharding
 
@@ -24,17 +23,15 @@ class DenseMlp(nnx.Module):
         self.gate = declare(config, "D F", (d, width), fp8=True)
         self.up = declare(config, "D F", (d, width), fp8=True)
         self.down = declare(config, "F D", (width, d), fp8=True)
-        self.sharding, self.forms = sharding, forms
+        self.sharding, self.multiply = sharding, Products(config, sharding, forms)
 
     @jax.named_scope("dense_mlp")
     def __call__(self, x: jax.Array, inputs: Inputs) -> tuple[jax.Array, None]:
         """x [B, T, D] -> ([B, T, D], no router's load)."""
-        form = self.forms.linear
-        x = share_activation(x, self.gate.get_value(), self.up.get_value())
-        gate = linear(x, self.gate.get_value(), "BTD,DF->BTF", implementation=form)
-        up = linear(x, self.up.get_value(), "BTD,DF->BTF", implementation=form)
+        x = self.multiply.share(x, self.gate.get_value(), self.up.get_value())
+        gate, up = (self.multiply(x, w.get_value(), "BTD,DF->BTF") for w in (self.gate, self.up))
         hidden = self.sharding.constrain(jax.nn.silu(gate) * up, "B T F")
-        return self.sharding.constrain(linear(hidden, self.down.get_value(), "BTF,FD->BTD", implementation=form), "B T D"), None
+        return self.sharding.constrain(self.multiply(hidden, self.down.get_value(), "BTF,FD->BTD"), "B T D"), None
 
 
 class Experts(nnx.Module):
@@ -56,18 +53,21 @@ class MoeMlp(nnx.Module):
         self.experts = Experts(config)
         self.shared = DenseMlp(config, config.shared_expert_intermediate_size, sharding, forms)
         self.shared_gate = declare(config, "D", (config.hidden_size,))
-        self.top_k, self.sharding, self.forms = config.num_experts_per_tok, sharding, forms
+        self.top_k, self.sharding, self.moe = config.num_experts_per_tok, sharding, forms.moe
+        self.multiply, self.fp8_activations = Products(config, sharding, forms), config.fp8_activations
+        self.grouped = forms.fp8_grouped_linear if config.fp8_weights else forms.grouped_linear
 
     @jax.named_scope("moe_mlp")
     def __call__(self, x: jax.Array, inputs: Inputs) -> tuple[jax.Array, RouterLoad]:
         """x [B, T, D] -> ([B, T, D], the load [E] of its experts); padding is routed nowhere."""
-        logits = linear(x, self.router.get_value(), "BTD,DX->BTX", out_dtype=jnp.float32, implementation=self.forms.linear)
+        logits = self.multiply(x, self.router.get_value(), "BTD,DX->BTX", jnp.float32)
         # Left to the partitioner, the top k of some backends gathers the logits of all tokens first.
         mapped = self.sharding.shard_map(self._route, ("B T X", "B T"), ("B T X", "B X"))
         routing, load = mapped(logits, inputs.segment_ids > 0)
         experts = {name: getattr(self.experts, name).get_value() for name in EXPERT_AXES}
-        routed = moe_apply(x, routing, experts, self.sharding, self.forms.moe, implementation=self.forms.grouped_linear)
-        gate = linear(x, self.shared_gate.get_value(), "BTD,D->BT", out_dtype=jnp.float32, implementation=self.forms.linear)
+        options = {"implementation": self.grouped, "fp8_activations": self.fp8_activations}
+        routed = moe_apply(x, routing, experts, self.sharding, self.moe, **options)
+        gate = self.multiply(x, self.shared_gate.get_value(), "BTD,D->BT", jnp.float32)
         shared, _ = self.shared(x, inputs)
         y = self.sharding.constrain(routed + (jax.nn.sigmoid(gate)[..., None] * shared).astype(x.dtype), "B T D")
         return y, jax.tree.map(lambda shards: jnp.sum(shards, axis=0), load)

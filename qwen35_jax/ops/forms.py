@@ -17,7 +17,8 @@ KERNEL_CHOICES = ("auto", "xla", "pallas")
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
-    """The implementation of each op, as `sample --stats` prints it."""
+    """The implementation of each op, as `sample --stats` prints it; `fp8_linear` and `fp8_grouped_linear` are those of
+    `linear` and `grouped_linear` with weights kept in FP8."""
 
     gated_delta_rule: str = "xla"
     gated_delta_step: str = "xla"
@@ -26,6 +27,8 @@ class Forms:
     cached_attention: str = "xla"
     linear: str = "xla"
     grouped_linear: str = "xla"
+    fp8_linear: str = "xla"
+    fp8_grouped_linear: str = "xla"
     moe: str = "gather"
 
 

@@ -42,3 +42,23 @@ def test_keeping_fp8_needs_an_fp8_checkpoint(tmp_path):
     path = synthetic.write(tmp_path / "hf", config, synthetic.canonical_tensors(config))
     with pytest.raises(UserError, match="no FP8 weights"):
         qwen35_jax.load(str(path), keep_fp8=True)
+
+
+def test_activations_in_fp8_on_meshes(directory):
+    """What a mesh computes, heads and features cut, is what one device does; and it is FP8: more than rounding apart."""
+    tokens = np.random.default_rng(0).integers(0, 96, (2, 40))
+    plain = np.asarray(qwen35_jax.load(directory, dtype="float32").logits(tokens))
+    whole, *cut = (
+        np.asarray(qwen35_jax.load(directory, mesh=mesh, dtype="float32", keep_fp8=True, fp8_activations=True).logits(tokens))
+        for mesh in ("1x1", "2x2", "1x8")
+    )
+    scale = np.abs(plain).max()
+    assert 1e-3 * scale < np.abs(whole - plain).max()
+    for logits in cut:
+        # A sum in another order can round an activation to the other e4m3 neighbour.
+        assert np.abs(logits - whole).max() < 0.5 * np.abs(whole - plain).max()
+
+
+def test_activations_in_fp8_need_weights_in_fp8(directory):
+    with pytest.raises(UserError, match="fp8_activations needs keep_fp8"):
+        qwen35_jax.load(directory, fp8_activations=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from qwen35_jax.ops.fp8.activations import Fp8Activation, quantize_activation, share_activation
 from qwen35_jax.ops.fp8.blocks import BLOCK, FP8_MAX, Fp8Weight, dequantize, quantize, quantize_weight, scale_shape
-from qwen35_jax.ops.fp8.training import Fp8Activation, Fp8Operand, share_activation
+from qwen35_jax.ops.fp8.training import Fp8Operand
 
 __all__ = [
     "BLOCK",
@@ -13,6 +14,7 @@ __all__ = [
     "Fp8Weight",
     "dequantize",
     "quantize",
+    "quantize_activation",
     "quantize_weight",
     "scale_shape",
     "share_activation",

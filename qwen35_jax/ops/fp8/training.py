@@ -1,4 +1,4 @@
-"""FP8 training: weights that are multiplied in FP8, activations that are shared in FP8, and the products of both.
+"""FP8 training: weights that are multiplied in FP8, and the products of quantised operands.
 
 As DeepSeek-V3 does: e4m3 everywhere, gradients too, since one scale per 128 values gives the range that e5m2 is for;
 activations and gradients with one scale per 1x128 along the axis that is summed, weights with one per 128x128.
@@ -15,7 +15,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from qwen35_jax.ops.fp8.blocks import BLOCK, expand_scales, quantize_blocks
+from qwen35_jax.ops.fp8.blocks import BLOCK, expand_scales
 
 
 @jax.tree_util.register_dataclass
@@ -32,26 +32,6 @@ class Fp8Operand:
     value: jax.Array
     cuts: tuple[tuple[str, int], ...] = dataclasses.field(default=(), metadata={"static": True})
     statistics_axis: int | None = dataclasses.field(default=None, metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Fp8Activation:
-    """x [..., D] beside its values [..., D] float8_e4m3fn and scales [..., ceil(D / 128)]. Gradients go to x."""
-
-    x: jax.Array
-    values: jax.Array
-    scales: jax.Array
-
-
-def share_activation(x: jax.Array, *weights) -> jax.Array | Fp8Activation:
-    """What to hand to the products of x with each of `weights`: x, quantised once if one of them is an `Fp8Operand`.
-
-    Products with an Fp8Activation save that for the backward pass, one copy for all, where each would save its own of x.
-    """
-    if not any(isinstance(w, Fp8Operand) for w in weights):
-        return x
-    return Fp8Activation(x, *quantize_blocks(jax.lax.stop_gradient(x), (x.ndim - 1,)))
 
 
 def dequantize_blocks(values: jax.Array, scales: jax.Array) -> jax.Array:

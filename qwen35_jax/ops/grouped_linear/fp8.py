@@ -12,9 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+from qwen35_jax.ops.fp8.activations import Fp8Activation
 from qwen35_jax.ops.fp8.blocks import BLOCK, expand_scales, quantize_blocks, round_blocks
 from qwen35_jax.ops.fp8.statistics import difference, operand_statistics, pack
-from qwen35_jax.ops.fp8.training import Fp8Activation, Fp8Operand, block_dot, dequantize_blocks, float_dot
+from qwen35_jax.ops.fp8.training import Fp8Operand, block_dot, dequantize_blocks, float_dot
 from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take, take_rows
 
 # Rows of a block of the weights' gradients: one scale for up to 128 rows. On the CPU few rows cost less.
@@ -47,10 +48,10 @@ def _product(plain, dtype, statistics_axis, x, values, scales, w, group_sizes):
         return plain(dequantize_blocks(*x), round_blocks(w, (1, 2)), group_sizes)
 
     def loop(x, w, group_sizes):
-        return _rows_times(x, quantize_blocks(w, (1, 2)), 0, group_sizes)
+        return rows_times(x, quantize_blocks(w, (1, 2)), 0, group_sizes)
 
     def tpu(x, w, group_sizes):
-        return _ragged_blocks(x, quantize_blocks(w, (1, 2)), group_sizes)
+        return ragged_blocks(x, quantize_blocks(w, (1, 2)), group_sizes)
 
     y = jax.lax.platform_dependent((values, scales), w, group_sizes, cpu=cpu, tpu=tpu, default=loop)
     return y.astype(dtype)
@@ -79,12 +80,12 @@ def _product_backward(plain, dtype, statistics_axis, residuals, dy):
         return dx, _weight_gradients(round_blocks, float_dot, CPU_ROWS, x, dy, group_sizes)
 
     def loop(x, w, dy, group_sizes):
-        dx = _rows_times(quantize_blocks(dy, (1,)), quantize_blocks(w, (1, 2)), 1, group_sizes)
+        dx = rows_times(quantize_blocks(dy, (1,)), quantize_blocks(w, (1, 2)), 1, group_sizes)
         return dx, _weight_gradients(quantize_blocks, block_dot, ROWS, x, dy, group_sizes)
 
     def tpu(x, w, dy, group_sizes):
         turned = tuple(a.swapaxes(1, 2) for a in quantize_blocks(w, (1, 2)))
-        dx = _ragged_blocks(quantize_blocks(dy, (1,)), turned, group_sizes)
+        dx = ragged_blocks(quantize_blocks(dy, (1,)), turned, group_sizes)
         return dx, _weight_gradients(quantize_blocks, block_dot, ROWS, x, dy, group_sizes)
 
     dx, dw = jax.lax.platform_dependent(x, w, dy, group_sizes, cpu=cpu, tpu=tpu, default=loop)
@@ -104,7 +105,7 @@ def _inside(a: jax.Array, group_sizes: jax.Array) -> jax.Array:
     return (jnp.arange(a.shape[0]) < group_sizes.sum())[:, None]
 
 
-def _rows_times(x: tuple, w: tuple, side: int, group_sizes: jax.Array) -> jax.Array:
+def rows_times(x: tuple, w: tuple, side: int, group_sizes: jax.Array) -> jax.Array:
     """Quantised x [R, .] times w [E, in, out], summed over side 0 (in) or 1 (out) of w -> float32."""
     rows = x[0].shape[0]
 
@@ -120,7 +121,7 @@ def _rows_times(x: tuple, w: tuple, side: int, group_sizes: jax.Array) -> jax.Ar
     return for_blocks(block, out, (x, w), group_sizes, rows)
 
 
-def _ragged_blocks(x: tuple, w: tuple, group_sizes: jax.Array) -> jax.Array:
+def ragged_blocks(x: tuple, w: tuple, group_sizes: jax.Array) -> jax.Array:
     """Quantised x [R, in] times w [E, in, out] -> float32 [R, out], a block of 128 of `in` at a time."""
     (values, scales), (weights, weight_scales) = x, w
     rows, size = values.shape

@@ -73,15 +73,15 @@ def _zero_beyond(a, group_sizes):
 
 
 def _forward_loop(x, w, group_sizes, sizes=SIZES):
-    return _rows_times(x, w, take, group_sizes, w.shape[2], sizes)
+    return rows_times(x, w, take, group_sizes, w.shape[2], sizes)
 
 
 def _backward_loop(x, w, group_sizes, dy, sizes=SIZES):
-    dx = _rows_times(dy, w, lambda w, group: take(w, group).astype(jnp.float32).T, group_sizes, w.shape[1], sizes)
+    dx = rows_times(dy, w, lambda w, group: take(w, group).astype(jnp.float32).T, group_sizes, w.shape[1], sizes)
     return dx, _outer_products(x, dy, group_sizes, sizes).astype(w.dtype)
 
 
-def _rows_times(x, w, weight_of, group_sizes, width: int, sizes=SIZES):
+def rows_times(x, w, weight_of, group_sizes, width: int, sizes=SIZES):
     """x [R, in] times weight_of(w, group) [in, width], block by block -> [R, width] in x's dtype."""
 
     def block(out, operands, group, start, size, mine):
@@ -122,8 +122,8 @@ def _fp8_product(x, w, group_sizes):
 
     def loop(x, w, group_sizes):
         width = math.prod(w.values.shape[x.ndim :])
-        weight_of = functools.partial(_dequantized, dtype=x.dtype, shape=(-1, width))
-        return _rows_times(x.reshape(x.shape[0], -1), w, weight_of, group_sizes, width)
+        weight_of = functools.partial(dequantized_group, dtype=x.dtype, shape=(-1, width))
+        return rows_times(x.reshape(x.shape[0], -1), w, weight_of, group_sizes, width)
 
     def tpu(x, w, group_sizes):
         rows, groups = x.shape[0], w.values.shape[0]
@@ -132,7 +132,7 @@ def _fp8_product(x, w, group_sizes):
     return jax.lax.platform_dependent(x, w, group_sizes, tpu=tpu, default=loop)
 
 
-def _dequantized(w: Fp8Weight, group, *, dtype, shape):
+def dequantized_group(w: Fp8Weight, group, *, dtype, shape):
     return dequantize(Fp8Weight(take(w.values, group), take(w.scales, group)), dtype).reshape(shape)
 
 
@@ -141,13 +141,17 @@ def _fp8_product_forward(x, w, group_sizes):
 
 
 def _fp8_product_backward(residuals, dy):
-    x, w, group_sizes = residuals
+    return rows_gradient(*residuals, dy), None, None
+
+
+def rows_gradient(x: jax.Array, w: Fp8Weight, group_sizes: jax.Array, dy: jax.Array) -> jax.Array:
+    """The gradient of x, of the product with the dequantised weights."""
     width = x[0].size
 
     def weight_of(w, group):
-        return _dequantized(w, group, dtype=x.dtype, shape=(width, -1)).astype(jnp.float32).T
+        return dequantized_group(w, group, dtype=x.dtype, shape=(width, -1)).astype(jnp.float32).T
 
-    return _rows_times(dy, w, weight_of, group_sizes, width).astype(x.dtype).reshape(x.shape), None, None
+    return rows_times(dy, w, weight_of, group_sizes, width).astype(x.dtype).reshape(x.shape)
 
 
 _fp8_product.defvjp(_fp8_product_forward, _fp8_product_backward)

@@ -6,6 +6,7 @@ import jax
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
+from qwen35_jax.ops.linear.quantized import linear_quantized
 from qwen35_jax.ops.linear.reference import linear_reference
 from qwen35_jax.ops.linear.xla import linear_xla
 
@@ -26,11 +27,18 @@ def linear(
     all others appear in the result. w is an array or an `Fp8Weight`, which is dequantised exactly (one cast, to x's
     dtype). Differentiable in x, and in w where it is an array; works on one shard, and under automatic sharding.
 
+    An `Fp8Activation` with an `Fp8Weight` is a product in FP8: e4m3 operands, float32 sums of 128 terms each times both
+    scales, added in float32. The summed axes must be the last of x and the first of w, as in "BTNH,NHD->BTD". The gradient of
+    x is that of the product with x itself. For one shard: heads and features that a mesh cuts are seen as they are cut.
+
     With an `Fp8Operand` the product and both gradients multiply e4m3 operands: x and the gradient with one scale per 128
     of the summed axis, w with one per 128x128; x is saved in 8 bits. The summed axes must be the last of x and the first
-    of w, as in "BTNH,NHD->BTD"; blocks run over them flattened. An `Fp8Activation` (`share_activation`) is x quantised
-    once for several weights.
+    of w; blocks run over them flattened. An `Fp8Activation` (`share_activation`) is x quantised once for several weights.
+
+    With an array an `Fp8Activation` counts as the x that it was made of.
     """
     if implementation not in (None, "xla"):
         raise UserError(f"linear has no {implementation!r} implementation; choose xla")
+    if isinstance(x, Fp8Activation) and isinstance(w, Fp8Weight):
+        return linear_quantized(x, w, spec, out_dtype)
     return linear_xla(x, w, spec, out_dtype)

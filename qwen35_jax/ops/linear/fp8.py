@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.fp8.activations import Fp8Activation
 from qwen35_jax.ops.fp8.blocks import quantize_blocks, round_blocks
 from qwen35_jax.ops.fp8.statistics import difference, operand_statistics, pack
-from qwen35_jax.ops.fp8.training import Fp8Activation, Fp8Operand, block_dot, dequantize_blocks, float_dot
+from qwen35_jax.ops.fp8.training import Fp8Operand, block_dot, dequantize_blocks, float_dot
 
 TOKENS, INS, OUTS = 0, 1, 2
 

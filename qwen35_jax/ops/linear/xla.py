@@ -25,7 +25,7 @@ SLAB = 2**20
 def linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Operand, spec: str, out_dtype) -> jax.Array:
     """See `qwen35_jax.ops.linear.linear`."""
     shared, x = x, x.x if isinstance(x, Fp8Activation) else x
-    _check(x, weight_array(w), spec)
+    check_operands(x, weight_array(w), spec)
     out_dtype = out_dtype or x.dtype
     if isinstance(w, Fp8Operand):
         return linear_fp8(shared, w, spec, out_dtype)
@@ -42,7 +42,7 @@ def weight_array(w: jax.Array | Fp8Weight | Fp8Operand) -> jax.Array:
     return w.value if isinstance(w, Fp8Operand) else w
 
 
-def _check(x: jax.Array, w: jax.Array, spec: str) -> None:
+def check_operands(x: jax.Array, w: jax.Array, spec: str) -> None:
     inputs = spec.partition("->")[0].split(",")
     if len(inputs) != 2 or (len(inputs[0]), len(inputs[1])) != (x.ndim, w.ndim):
         raise UserError(f"linear {spec!r} does not fit x {x.shape} and w {w.shape}")
@@ -54,29 +54,29 @@ def _check(x: jax.Array, w: jax.Array, spec: str) -> None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _product(spec: str, out_dtype, x: jax.Array, w: jax.Array) -> jax.Array:
-    return _einsum(spec, x, w, out_dtype)
+    return einsum(spec, x, w, out_dtype)
 
 
 def _product_forward(spec, out_dtype, x, w):
-    return _einsum(spec, x, w, out_dtype), (x, w)
+    return einsum(spec, x, w, out_dtype), (x, w)
 
 
 def _product_backward(spec, out_dtype, residuals, dy):
     x, w = residuals
-    x_axes, w_axes, out = _axes(spec)
+    x_axes, w_axes, out = axes_of(spec)
     dy = dy.astype(x.dtype)
-    return _einsum(f"{out},{w_axes}->{x_axes}", dy, w, x.dtype), _einsum(f"{x_axes},{out}->{w_axes}", x, dy, w.dtype)
+    return einsum(f"{out},{w_axes}->{x_axes}", dy, w, x.dtype), einsum(f"{x_axes},{out}->{w_axes}", x, dy, w.dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _axes(spec: str) -> tuple[str, str, str]:
+def axes_of(spec: str) -> tuple[str, str, str]:
     inputs, out = spec.split("->")
     return *inputs.split(","), out
 
 
-def _einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype) -> jax.Array:
     """The product. Its form is chosen when it is lowered, since a program can be compiled for another platform."""
 
     def default(x, w):
@@ -95,7 +95,7 @@ def _cpu_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
     [in, out] with float32 result, at least two rows and both operands stored in that order; for any other product of
     bfloat16 it first writes the whole operands out in float32: ten times slower for one row, at twice their memory.
     """
-    x_axes, w_axes, out = _axes(spec)
+    x_axes, w_axes, out = axes_of(spec)
     summed = "".join(a for a in w_axes if a in x_axes)
     x_kept, w_kept = ("".join(a for a in axes if a not in summed) for axes in (x_axes, w_axes))
     rows = math.prod(x.shape[x_axes.index(a)] for a in x_kept)

@@ -17,11 +17,14 @@ __all__ = ["EXPERT_AXES", "RouterLoad", "Routing", "balance_loss", "moe_apply", 
 EXPERT_AXES = {"gate": "E D F", "up": "E D F", "down": "E F D"}
 
 
-def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str = "gather", *, implementation=None):
+def moe_apply(
+    x, routing: Routing, experts: dict, sharding: Sharding, form: str = "gather", *, implementation=None, fp8_activations=False
+):
     """Sum over each token's experts of weight x down(silu(gate) * up). Drops nothing; differentiable.
 
     x [B, T, D]; routing [B, T, k]; experts {"gate", "up": [E, D, F], "down": [E, F, D]}, arrays or Fp8Weight -> [B, T, D] in
-    x.dtype. `form`: "gather" (all-gather, local grouped products, reduce-scatter).
+    x.dtype. `form`: "gather" (all-gather, local grouped products, reduce-scatter). `fp8_activations`: products of `Fp8Weight`s
+    take their activations in FP8 too.
     """
     if form != "gather":
         raise UserError(f"moe form {form!r} does not exist; choose gather")
@@ -35,6 +38,7 @@ def moe_apply(x, routing: Routing, experts: dict, sharding: Sharding, form: str 
         # Partial over `model` where it cuts E or F; where it cuts neither, every model shard has the whole sum.
         partial_axes=("model",) if "model" in expert_axes or f_axes else (),
         implementation=implementation,
+        fp8_activations=fp8_activations,
     )
     mapped = jax.shard_map(local, mesh=sharding.mesh, in_specs=(tokens, tokens, specs), out_specs=tokens, check_vma=False)
     return mapped(x, routing, experts)

@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen35_jax.ops.fp8 import share_activation
+from qwen35_jax.ops.fp8 import quantize_activation, share_activation
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.moe.routing import Routing
 
@@ -19,7 +19,9 @@ from qwen35_jax.ops.moe.routing import Routing
 BUFFER_BYTES = 256 * 2**20
 
 
-def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_axes, implementation: str | None):
+def gather_experts(
+    x, routing: Routing, experts: dict, *, expert_axes, partial_axes, implementation: str | None, fp8_activations: bool = False
+):
     """One device's part of the mixture of experts; runs inside `shard_map`.
 
     x [b, T, D] with routing [b, T, k] for the device's own tokens; experts gate and up [E', D, F'], down [E', F', D] its own
@@ -32,7 +34,8 @@ def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_a
         tokens, ids, weights = (jax.lax.all_gather(a, "data", tiled=True) for a in (tokens, ids, weights))
     local = jax.tree.leaves(experts["gate"])[0].shape[0]
     ids = ids - local * jax.lax.axis_index(expert_axes)
-    out = _in_chunks(tokens, ids, weights, experts, local, implementation)
+    run = functools.partial(_local_experts, local=local, implementation=implementation, fp8_activations=fp8_activations)
+    out = _in_chunks(run, tokens, ids, weights, experts, local)
     if shards > 1:
         out = jax.lax.psum_scatter(out, "data", scatter_dimension=0, tiled=True)
     if partial_axes:
@@ -40,15 +43,15 @@ def gather_experts(x, routing: Routing, experts: dict, *, expert_axes, partial_a
     return out.reshape(b, t, d)
 
 
-def _in_chunks(tokens, ids, weights, experts, local: int, implementation):
-    """Runs `_local_experts` over chunks of the group's tokens, so that the row buffers stay below BUFFER_BYTES."""
+def _in_chunks(run, tokens, ids, weights, experts, local: int):
+    """run(tokens, ids, weights, experts) over chunks of the group's tokens, so that the row buffers stay below BUFFER_BYTES."""
     count, d = tokens.shape
     width = jax.tree.leaves(experts["gate"])[0].shape[2]
     row_bytes = (2 * d + 3 * width) * tokens.dtype.itemsize + 4 * d
     rows_per_token = min(ids.shape[1], local)
     chunk = max(1, BUFFER_BYTES // (row_bytes * rows_per_token))
     if chunk >= count:
-        return _local_experts(tokens, ids, weights, experts, local, implementation)
+        return run(tokens, ids, weights, experts)
     pad = -count % chunk
 
     def split(a, fill):
@@ -56,12 +59,12 @@ def _in_chunks(tokens, ids, weights, experts, local: int, implementation):
 
     chunks = split(tokens, 0), split(ids, -1), split(weights, 0)
     # The backward pass makes a chunk's rows again: kept for all chunks, they would take what the chunks are there to save.
-    one = jax.checkpoint(lambda experts, c: _local_experts(*c, experts, local, implementation), prevent_cse=False)
+    one = jax.checkpoint(lambda experts, c: run(*c, experts), prevent_cse=False)
     out = jax.lax.map(functools.partial(one, experts), chunks)
     return out.reshape(-1, d)[:count]
 
 
-def _local_experts(tokens, ids, weights, experts, local: int, implementation):
+def _local_experts(tokens, ids, weights, experts, *, local: int, implementation, fp8_activations: bool):
     """tokens [t, D], ids [t, k] (counted from the device's first expert; others are elsewhere) -> their share [t, D]."""
     t, k = ids.shape
     rows = t * min(k, local)
@@ -69,10 +72,13 @@ def _local_experts(tokens, ids, weights, experts, local: int, implementation):
     order = jnp.argsort(flat, stable=True)[:rows]
     token = order // k
     group_sizes = jnp.zeros(local + 1, jnp.int32).at[flat].add(1)[:local]
-    rows_in = share_activation(tokens[token], experts["gate"], experts["up"])
-    gate, up = (grouped_linear(rows_in, experts[n], group_sizes, implementation=implementation) for n in ("gate", "up"))
-    hidden = jax.nn.silu(gate) * up
-    out = grouped_linear(hidden, experts["down"], group_sizes, implementation=implementation)
+    multiply = functools.partial(grouped_linear, group_sizes=group_sizes, implementation=implementation)
+    if fp8_activations:
+        rows_in = jax.tree.map(lambda a: a[token], quantize_activation(tokens))
+    else:
+        rows_in = share_activation(tokens[token], experts["gate"], experts["up"])
+    hidden = jax.nn.silu(multiply(rows_in, experts["gate"])) * multiply(rows_in, experts["up"])
+    out = multiply(quantize_activation(hidden) if fp8_activations else hidden, experts["down"])
     weighted = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     # Rows beyond the groups are zero, so adding them to whichever token they name changes nothing.
     return jnp.zeros((t, tokens.shape[1]), jnp.float32).at[token].add(weighted).astype(tokens.dtype)

@@ -1,0 +1,55 @@
+"""The products of activations with a block's parameters: where those are FP8, on each device's shard."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.ops.forms import Forms
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Weight, quantize_activation, share_activation
+from qwen35_jax.ops.linear import linear
+from qwen35_jax.sharding import Sharding
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """`linear` as a block calls it: letters of `spec` are logical axes."""
+
+    config: ModelConfig
+    sharding: Sharding
+    forms: Forms
+
+    def share(self, x: jax.Array, *weights) -> jax.Array | Fp8Activation:
+        """What to hand to the products of x [B, T, D] with each of `weights`: where they take x in FP8, it is quantised once."""
+        if self.config.fp8_activations and any(isinstance(w, Fp8Weight) for w in weights):
+            return quantize_activation(x)
+        return share_activation(x, *weights)
+
+    def __call__(self, x: jax.Array | Fp8Activation, w, spec: str, out_dtype=None) -> jax.Array:
+        """linear(x, w, spec)."""
+        if not isinstance(w, Fp8Weight):
+            return linear(x, w, spec, out_dtype=out_dtype, implementation=self.forms.linear)
+        if self.forms.fp8_linear == "xla" and not self.config.fp8_activations:
+            return linear(x, w, spec, out_dtype=out_dtype)
+        return self._sharded(x, w, spec, out_dtype)
+
+    def _sharded(self, x, w: Fp8Weight, spec: str, out_dtype) -> jax.Array:
+        """On each device's shard. A weight that is whole on every device, since the mesh would cut its blocks, is multiplied
+        whole on every device."""
+        inputs, out = spec.split("->")
+        x_axes, w_axes = inputs.split(",")
+        w_spec = self.sharding.parameter_spec(" ".join(w_axes), w.values.shape, w.scales.shape)
+        cut = {a: (mesh_axes,) if mesh_axes else () for a, mesh_axes in zip(w_axes, w_spec, strict=True)}  # one axis at most
+        x_spec, out_spec = (self.sharding.spec(" ".join(axes), **cut) for axes in (x_axes, out))
+        partial = [axis for letter in w_axes if letter in x_axes for axis in cut[letter]]
+
+        def local(x, w):
+            if self.config.fp8_activations and not isinstance(x, Fp8Activation):
+                x = quantize_activation(x)
+            y = linear(x, w, spec, out_dtype=out_dtype, implementation=self.forms.fp8_linear)
+            return jax.lax.psum(y, partial) if partial else y
+
+        specs = {"mesh": self.sharding.mesh, "in_specs": (x_spec, w_spec), "out_specs": out_spec}
+        return jax.shard_map(local, **specs, check_vma=False)(x, w)

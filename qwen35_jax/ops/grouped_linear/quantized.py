@@ -1,0 +1,67 @@
+"""`grouped_linear` of activations in FP8 with weights in FP8, in plain XLA.
+
+TPU: `lax.ragged_dot` of each block of 128 of the summed axis. GPU: blocks of rows of one group. On the CPU the dequantised
+operands are multiplied in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.fp8 import BLOCK, Fp8Activation, Fp8Weight
+from qwen35_jax.ops.fp8.training import dequantize_blocks
+from qwen35_jax.ops.grouped_linear import fp8, xla
+
+
+def grouped_linear_quantized(x: Fp8Activation, w: Fp8Weight, group_sizes: jax.Array) -> jax.Array:
+    """See `qwen35_jax.ops.grouped_linear.grouped_linear`."""
+    check_quantized(x, w, group_sizes)
+    if 0 in x.values.shape or 0 in w.values.shape:
+        return jnp.zeros((x.values.shape[0], w.values.shape[2]), x.x.dtype)
+    return _product(x.x, x.values, x.scales, jax.lax.stop_gradient(w), group_sizes)
+
+
+def check_quantized(x: Fp8Activation, w: Fp8Weight, group_sizes: jax.Array) -> None:
+    """UserError where the operands are not x [R, in], w [E, in, out] with scales for the same blocks of `in`."""
+    values, weights, scales = x.values.shape, w.values.shape, w.scales.shape
+    if len(values) != 2 or len(weights) != 3 or weights[1] != values[1] or group_sizes.shape != weights[:1]:
+        shapes = f"x {values}, w {weights} and group_sizes {group_sizes.shape}"
+        raise UserError(f"grouped_linear: {shapes} do not fit; in FP8 pass x [R, in], w [E, in, out], group_sizes [E]")
+    if scales != (weights[0], *(-(-n // BLOCK) for n in weights[1:])) or x.scales.shape[1] != scales[1]:
+        have = f"x has scales {x.scales.shape}, w {scales}"
+        raise UserError(f"grouped_linear: in FP8 x needs a scale per 1x{BLOCK} and w one per {BLOCK}x{BLOCK}; {have}")
+
+
+@jax.custom_vjp
+def _product(x, values, scales, w: Fp8Weight, group_sizes):
+    """values x scales times the groups' weights; x stands there to receive the gradient."""
+    width = w.values.shape[2]
+
+    def cpu(values, scales, w, group_sizes):
+        weight_of = functools.partial(xla.dequantized_group, dtype=jnp.float32, shape=(-1, width))
+        return xla.rows_times(dequantize_blocks(values, scales), w, weight_of, group_sizes, width)
+
+    def loop(values, scales, w, group_sizes):
+        return fp8.rows_times((values, scales), (w.values, w.scales), 0, group_sizes)
+
+    def tpu(values, scales, w, group_sizes):
+        return fp8.ragged_blocks((values, scales), (w.values, w.scales), group_sizes)
+
+    y = jax.lax.platform_dependent(values, scales, w, group_sizes, cpu=cpu, tpu=tpu, default=loop)
+    return y.astype(x.dtype)
+
+
+def _product_forward(x, values, scales, w, group_sizes):
+    return _product(x, values, scales, w, group_sizes), (x, w, group_sizes)
+
+
+def _product_backward(residuals, dy):
+    x, w, group_sizes = residuals
+    return xla.rows_gradient(x, w, group_sizes, dy), None, None, None, None
+
+
+_product.defvjp(_product_forward, _product_backward)
