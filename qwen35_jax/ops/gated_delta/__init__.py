@@ -11,13 +11,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta import tpu, xla
+from qwen35_jax.ops.gated_delta import tpu, tpu_decode, xla
 from qwen35_jax.ops.gated_delta.kept import KEPT, OUT
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
 __all__ = ["KEPT", "gated_delta_rule", "gated_delta_step"]
 
 RULES = {"xla": xla.gated_delta_rule, "pallas_tpu": tpu.gated_delta_rule}
+STEPS = {"xla": xla.gated_delta_step, "pallas_tpu": tpu_decode.gated_delta_step}
 
 
 def gated_delta_rule(
@@ -81,14 +82,15 @@ def gated_delta_step(
       state: [S, N, Hk, Hv] fp32. slots: int32 [B], distinct, the slot of each row; None means row i is slot i (B == S).
       active: bool [B, T]; a token that is not active leaves the state as it is. None: all are.
       return_states: also return the state after each token, [B, T, N, Hk, Hv].
+      implementation: None (xla), "xla" or "pallas_tpu", which updates the rows' slots in place where `state` is donated.
 
     Returns:
-      (out [B, T, N, Hv] in v.dtype, new state [S, N, Hk, Hv]) and the states when asked for.
+      (out [B, T, N, Hv] in v.dtype, new state [S, N, Hk, Hv]) and the states when asked for. Computed in fp32.
 
     Raises:
       UserError: shapes that do not fit together, or an implementation that does not exist.
     """
-    check_implementation("gated_delta_step", implementation)
+    check_implementation("gated_delta_step", implementation, tuple(STEPS))
     _check_shapes("gated_delta_step", q, k, v, g, beta)
     batch, time = q.shape[:2]
     expected = (state.shape[0], v.shape[2], q.shape[3], v.shape[3])
@@ -98,10 +100,8 @@ def gated_delta_step(
         raise UserError(f"gated_delta_step: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row")
     if active is not None and active.shape != (batch, time):
         raise UserError(f"gated_delta_step: active has shape {active.shape}; pass one bool per token, {(batch, time)}")
-    rows = state if slots is None else state[slots]
-    out, last, states = xla.gated_delta_step(q, k, v, g, beta, rows, active, normalize_qk, return_states)
-    new_state = last if slots is None else state.at[slots].set(last)
-    return (out, new_state, states) if return_states else (out, new_state)
+    step = STEPS[implementation or "xla"]
+    return step(q, k, v, g, beta, state, slots, active, normalize_qk, return_states)
 
 
 def _check_shapes(op: str, q, k, v, g, beta) -> None:

@@ -283,8 +283,16 @@ def _exp(x: jax.Array, inside: jax.Array | np.ndarray) -> jax.Array:
     return jnp.exp(jnp.where(inside, x, -jnp.inf))
 
 
-def gated_delta_step(q, k, v, g, beta, state, active, normalize_qk, return_states):
-    """See `ops.gated_delta.gated_delta_step`; state [B, N, Hk, Hv] -> (out, state, states or None)."""
+def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, return_states):
+    """See `ops.gated_delta.gated_delta_step`."""
+    rows = state if slots is None else state[slots]
+    out, last, states = _steps(q, k, v, g, beta, rows, active, normalize_qk, return_states)
+    new = last if slots is None else state.at[slots].set(last)
+    return (out, new, states) if return_states else (out, new)
+
+
+def _steps(q, k, v, g, beta, state, active, normalize_qk, return_states):
+    """state [B, N, Hk, Hv], a row each -> (out, state, states or None)."""
     dtype = v.dtype
     q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
     if active is not None:

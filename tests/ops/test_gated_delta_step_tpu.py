@@ -1,0 +1,136 @@
+"""The TPU kernel of one or a few tokens of the gated delta rule, interpreted on the CPU, against the recurrence in float64."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.ops.gated_delta import gated_delta_step, reference
+
+H, SLOTS = 128, 5
+GATES = [0.0, -1e-3, -5.0, -40.0, -200.0]
+# Relative Frobenius errors. All is computed in float32; out comes in the dtype of v, whose rounding is 2e-3.
+LIMITS = {"float32": (1e-6, 1e-6), "bfloat16": (3e-3, 1e-6)}
+
+kernel = functools.partial(gated_delta_step, implementation="pallas_tpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def interpreted():
+    """Interpreted as a TPU program, with scratch that starts as NaN."""
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+def make(batch=2, time=1, keys=2, heads=4, gate=GATES, repeated=False, dtype="float32", value_width=H, slots=SLOTS):
+    """(q, k, v, g, beta, state of `slots` slots); repeated: one same key for all tokens."""
+    rng = np.random.default_rng(0)
+    q, k = rng.normal(size=(2, batch, time, keys, H))
+    k = np.broadcast_to(k[:, :1], k.shape) if repeated else k
+    v, beta = rng.normal(size=(batch, time, heads, value_width)), rng.uniform(size=(batch, time, heads))
+    g = rng.choice(np.atleast_1d(gate), size=beta.shape)
+    state = rng.normal(size=(slots, heads, H, value_width))
+    return *(x.astype(dtype) for x in (q, k, v)), *(x.astype(np.float32) for x in (g, beta, state))
+
+
+def error(got, want):
+    return np.linalg.norm(np.asarray(got, np.float64) - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def exact(inputs, slots, active=None, **options):
+    """out, the rows' states after all tokens and after each, by the recurrence in float64 of the same inputs."""
+    *tokens, state = inputs
+    ids = None if active is None else active.astype(np.int32)
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in tokens]
+        row = np.asarray(state, np.float64)[slots]
+        rule = jax.jit(functools.partial(reference.gated_delta_rule, **options))
+
+        def until(t):
+            return rule(*(x[:, :t] for x in wide), initial_state=row, segment_ids=None if ids is None else ids[:, :t])
+
+        each = [until(t) for t in range(1, wide[0].shape[1] + 1)]
+    return np.asarray(each[-1][0]), np.asarray(each[-1][1]), np.stack([s for _, s in each], axis=1)
+
+
+def check(inputs, slots=(3, 1), active=None, **options):
+    slots = np.array(slots, np.int32)
+    got = jax.jit(functools.partial(kernel, return_states=True, **options))(*inputs, slots, active=active)
+    want = exact(inputs, slots, active, **options)
+    out, new, states = (np.asarray(x) for x in got)
+    assert out.dtype == inputs[2].dtype and new.dtype == np.float32
+    errors = [error(out, want[0]), error(new[slots], want[1]), error(states, want[2])]
+    print([f"{x:.1e}" for x in errors])
+    limits = LIMITS[inputs[2].dtype.name]
+    assert errors[0] <= limits[0] and max(errors[1:]) <= limits[1], errors
+    others = np.setdiff1d(np.arange(len(inputs[5])), slots)
+    np.testing.assert_array_equal(new[others], inputs[5][others])
+    np.testing.assert_array_equal(states[:, -1], new[slots])
+    return states
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("time", [1, 3])
+def test_slots_of_a_larger_state(time, dtype):
+    check(make(time=time, dtype=dtype))
+
+
+def test_repeated_keys():
+    check(make(time=4, repeated=True, gate=-1e-3))
+
+
+def test_tokens_that_are_not_active_leave_the_state_to_the_bit():
+    inputs = make(time=3)
+    active = np.array([[True, True, False], [False, False, False]])
+    states = check(inputs, active=active)
+    np.testing.assert_array_equal(states[0, 2], states[0, 1])
+    np.testing.assert_array_equal(states[1], np.broadcast_to(inputs[5][1], states[1].shape))
+
+
+def test_several_head_blocks():
+    check(make(keys=16, heads=32), (0, 4))
+
+
+def test_three_value_heads_per_key_head_wide_values_no_normalisation():
+    q, k, *rest = make(time=2, keys=1, heads=3, value_width=2 * H)
+    check((q, k / np.linalg.norm(k, axis=-1, keepdims=True), *rest), normalize_qk=False)
+
+
+def test_zero_keys_and_queries():
+    q, k, *rest = make(keys=1, heads=1)
+    check((np.zeros_like(q), np.zeros_like(k), *rest))
+
+
+@pytest.mark.slow
+def test_drift_over_32768_tokens():
+    """Thirty-two tokens a call, the state handed on."""
+    *tokens, state = make(batch=1, time=32768, keys=1, heads=1, gate=[-1e-4, -1e-3, -1e-2], slots=1)
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64) for x in (*tokens, state)]
+        want = [np.asarray(x) for x in jax.jit(reference.gated_delta_rule)(*wide[:5], initial_state=wide[5])]
+
+    def several(state, inputs):
+        out, state = kernel(*(x[None] for x in inputs), state)
+        return state, out[0]
+
+    parts = tuple(x[0].reshape(-1, 32, *x.shape[2:]) for x in tokens)
+    state, out = jax.jit(lambda s, x: jax.lax.scan(several, s, x))(state, parts)
+    assert error(np.asarray(out).reshape(want[0].shape), want[0]) <= 1e-5 and error(state, want[1]) <= 1e-5
+
+
+def test_no_races():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        jax.block_until_ready(jax.jit(kernel)(*make(time=2), np.array([3, 1])))
+    assert not interpreter.races.races_found
+
+
+def test_widths_that_it_cannot_run():
+    with pytest.raises(UserError, match="Hk, Hv in multiples of 128, not 128, 64"):
+        kernel(*make(value_width=64, slots=2))
