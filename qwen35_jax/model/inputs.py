@@ -30,6 +30,18 @@ class Inputs:
     slots: jax.Array | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StackedState:
+    """A layer's part of the decoding state, left in the stacks of all layers' for a kernel to read and write in place.
+
+    parts: arrays [U, L, S, ...] by name. place: int32 [], the layer's own among the U * L.
+    """
+
+    parts: dict
+    place: jax.Array
+
+
 # Logical axes of the decoding state: U units, L Gated DeltaNet layers of a unit, S slots, W the three tokens of a window.
 STATE_AXES = {
     "k": "U S K T H",

@@ -12,7 +12,7 @@ from flax import nnx
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model.attention import GatedAttention
 from qwen35_jax.model.gated_delta_net import GatedDeltaNet
-from qwen35_jax.model.inputs import Inputs
+from qwen35_jax.model.inputs import Inputs, StackedState
 from qwen35_jax.model.mlp import make_mlp
 from qwen35_jax.model.params import declare
 from qwen35_jax.ops.forms import Forms
@@ -64,19 +64,36 @@ class Unit(nnx.Module):
         """x [B, T, D] and the decoding state of all units -> (x after unit u, the state, x after each layer of the unit, the
         load of the unit's experts, or None without experts).
 
-        Each layer's part of a stacked state is sliced out, updated and written back: the pattern that a scan does in place.
+        Each layer's part of a stacked state is sliced out, updated and written back, the pattern that a scan does in place; or
+        left in the stack, where the layer's kernel finds it.
         """
         after, loads = [], []
         last = len(self.layers) - 1
         for i in range(last + 1):
             names, index, sizes = (LINEAR_STATE, (u, i), last) if i < last else (ATTENTION_STATE, (u,), 1)
-            part = None if state is None else {name: _slice(state[name], index, sizes) for name in names}
-            x, part, load = self.layers[str(i)](x, inputs, part)
+            layer = self.layers[str(i)]
+            in_stack = i < last and layer.mixer.steps_in_stack(x)
+            part = None if state is None else _part({name: state[name] for name in names}, index, sizes, in_stack)
+            x, part, load = layer(x, inputs, part)
             if state is not None:
-                state = state | {name: _write(state[name], part[name], index, sizes) for name in names}
+                state = state | _with_part({name: state[name] for name in names}, part, index, sizes)
             after.append(x)
             loads.append(load)
         return x, state, after, jax.tree.map(lambda *parts: sum(parts), *loads)
+
+
+def _part(state: dict, index: tuple, layers: int, in_stack: bool) -> dict | StackedState:
+    """A layer's part of the state, cut out or, where it is stacked, left there."""
+    if in_stack and not isinstance(state["recurrent"], tuple):
+        return StackedState(state, jnp.asarray(_flat(index, layers), jnp.int32))
+    return {name: _slice(x, index, layers) for name, x in state.items()}
+
+
+def _with_part(state: dict, part: dict | StackedState, index: tuple, layers: int) -> dict:
+    """The state with a layer's new part."""
+    if isinstance(part, StackedState):
+        return part.parts
+    return {name: _write(x, part[name], index, layers) for name, x in state.items()}
 
 
 def _flat(index: tuple[int, ...], layers: int) -> int:

@@ -63,7 +63,7 @@ def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
 def _tpu_forms(config: ModelConfig) -> Forms:
     forms = {}
     if tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim):
-        forms["gated_delta_rule"] = "pallas_tpu"
+        forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu"}
     return Forms(**forms)
 
 

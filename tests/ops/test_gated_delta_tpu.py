@@ -210,7 +210,7 @@ def mesh_of(platform):
 
 def test_choice_of_forms():
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
-    chosen = Forms(gated_delta_rule="pallas_tpu")
+    chosen = Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu")
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
     assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
     assert resolve_forms(mesh_of("gpu"), large) == Forms()

@@ -22,9 +22,9 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta.tpu import LANES, supports
 from qwen35_jax.ops.gated_delta.tpu_kernels import Tile
 
-HEADS = 16  # value heads of a grid step, where the heads divide so: 1 MiB of state, whose transfer hides the next step's work
+HEADS = 32  # value heads of a grid step, where the heads divide so: 1 MiB of state, whose transfer hides the next step's work
 SUBLANES = 8  # a block's heads are a multiple of them, or all
-VMEM_BYTES = 48 * 2**20
+SPARE_VMEM = 2 * 2**20  # for all that is not a state
 
 
 def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, return_states):
@@ -46,7 +46,7 @@ def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, retur
         outputs.append(specs.states)
         shapes.append(jax.ShapeDtypeStruct((batch, time, *state.shape[1:]), state.dtype))
     kernel = functools.partial(_step_kernel, tile, time)
-    return tuple(call(kernel, "gated_delta_step", specs, slots, (q, k, v, gates, state), inputs, outputs, shapes, {5: 1}))
+    return tuple(call(kernel, "gated_delta_step", specs, (slots,), (q, k, v, gates, state), inputs, outputs, shapes, {5: 1}))
 
 
 def decode_tile(keys: int, heads: int, key_width: int, value_width: int, normalize: bool) -> Tile:
@@ -67,36 +67,65 @@ class DecodeSpecs:
 
     def __init__(self, tile: Tile, time: int):
         square = (tile.heads, tile.key_width, tile.value_width)
-        self.tile = tile
-        self.keys = pl.BlockSpec((None, time, tile.keys, tile.key_width), lambda b, h, *_: (b, 0, h, 0))
-        self.values = pl.BlockSpec((None, time, tile.heads, tile.value_width), lambda b, h, *_: (b, 0, h, 0))
+        self.tile, self.time = tile, time
+        self._heads = {"k": (tile.keys, tile.key_width), "v": (tile.heads, tile.value_width)}
+        self.keys, self.values = self._tokens("k"), self._tokens("v")
         self.state = pl.BlockSpec((None, *square), lambda b, h, slots, *_: (slots[b], h, 0, 0))
         self.states = pl.BlockSpec((None, time, *square), lambda b, h, *_: (b, 0, h, 0, 0))
 
-    def rows(self, count: int) -> pl.BlockSpec:
-        """`count` scalars a head: [B, blocks, count, heads]."""
-        return pl.BlockSpec((None, None, count, self.tile.heads), lambda b, h, *_: (b, h, 0, 0))
+    def _tokens(self, kind: str) -> pl.BlockSpec:
+        return pl.BlockSpec((None, self.time, *self._heads[kind]), lambda b, h, *_: (b, 0, h, 0))
+
+    def rows(self, count: int, shared: bool = False) -> pl.BlockSpec:
+        """`count` scalars a head: [B, blocks, count, heads], or [1, blocks, count, heads] for all rows."""
+        return pl.BlockSpec((None, None, count, self.tile.heads), lambda b, h, *_: (0 if shared else b, h, 0, 0))
+
+    def weight(self, taps: int, kind: str) -> pl.BlockSpec:
+        """[taps, heads, width] of key ("k") or value ("v") heads."""
+        return pl.BlockSpec((taps, *self._heads[kind]), lambda b, h, *_: (0, h, 0))
+
+    def window(self, tokens: int, kind: str) -> pl.BlockSpec:
+        """[S, tokens, heads, width] of key ("k") or value ("v") heads."""
+        return pl.BlockSpec((None, tokens, *self._heads[kind]), lambda b, h, slots, *_: (slots[b], 0, h, 0))
 
 
-def call(kernel, name: str, specs: DecodeSpecs, slots, operands, inputs, outputs, shapes, aliases):
-    """Runs the kernel on every row and head block; `aliases`: input (counting the slots) to the output that takes its place."""
+def call(kernel, name: str, specs: DecodeSpecs, scalars, operands, inputs, outputs, shapes, aliases):
+    """Runs the kernel on every row and head block. scalars: the slots, and what else is known before the grid starts; operands
+    begin with q, k, v; aliases: of inputs, scalars included, to the outputs that take their place."""
     batch, time, heads, width = operands[2].shape
     states = batch * heads * specs.tile.key_width * width
+    in_place = [i - len(scalars) for i in aliases]
+    operands = [_in_hbm(x) if i in in_place else x for i, x in enumerate(operands)]
+    kept = aliases.values()
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1, grid=(batch, heads // specs.tile.heads), in_specs=inputs, out_specs=outputs
+            num_scalar_prefetch=len(scalars), grid=(batch, heads // specs.tile.heads), in_specs=inputs, out_specs=outputs
         ),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in shapes],
+        out_shape=[(pltpu.HBM if i in kept else jax.ShapeDtypeStruct)(x.shape, x.dtype) for i, x in enumerate(shapes)],
         input_output_aliases=aliases,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_vmem_bytes(specs, len(outputs) > len(aliases) + 1)
+        ),
         cost_estimate=pl.CostEstimate(
             flops=7 * time * states,
             bytes_accessed=8 * states + 2 * sum(math.prod(x.shape) * x.dtype.itemsize for x in operands[:3]),
             transcendentals=batch * time * heads,
         ),
         name=name,
-    )(slots, *operands)
+    )(*scalars, *operands)
+
+
+def _vmem_bytes(specs: DecodeSpecs, every_state: bool) -> int:
+    """What a grid step needs: two buffers of each block. XLA keeps the rest of VMEM for weights and activations."""
+    tile = specs.tile
+    state = 4 * tile.heads * tile.key_width * tile.value_width
+    return 2 * (2 + (specs.time if every_state else 0)) * state + SPARE_VMEM
+
+
+def _in_hbm(x: jax.Array) -> jax.Array:
+    """Keeps XLA from moving the array into VMEM and back: only a few blocks of it are touched, and each once."""
+    return pltpu.with_memory_space_constraint(x, pltpu.HBM)
 
 
 def _step_kernel(tile: Tile, time: int, _, q, k, v, gates, state, out, new, states=None):

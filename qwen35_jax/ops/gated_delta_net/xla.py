@@ -1,0 +1,50 @@
+"""The parts of a Gated DeltaNet layer between its projections and its output norm, and a step of them, from the other ops."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from qwen35_jax.ops.causal_conv import causal_conv1d
+from qwen35_jax.ops.gated_delta import gated_delta_step
+
+WINDOWS = ("conv_q", "conv_k", "conv_v")
+
+
+def gated_delta_net_step(x, w, state, slots, active, return_states):
+    """See `ops.gated_delta_net.gated_delta_net_step`."""
+    rows = state if slots is None else {name: s[slots] for name, s in state.items()}
+    (q, k, v), windows = convolve(x, w, active.astype(jnp.int32), rows)
+    g, beta = gates(x, w)
+    out, recurrent, *states = gated_delta_step(q, k, v, g, beta, rows["recurrent"], active=active, return_states=return_states)
+    new = {**windows, "recurrent": recurrent}
+    if slots is not None:
+        new = {name: s.at[slots].set(new[name]) for name, s in state.items()}
+    return out, new, *states
+
+
+def gates(x: dict, w: dict) -> tuple[jax.Array, jax.Array]:
+    """Log decay and beta [B, T, N] of the projections a and b. In float32: rounding either drifts with the context's length."""
+    decay = -jnp.exp(w["A_log"]) * jax.nn.softplus(x["a"].astype(jnp.float32) + w["dt_bias"].astype(jnp.float32))
+    return decay, jax.nn.sigmoid(x["b"].astype(jnp.float32))
+
+
+def convolve(x: dict, w: dict, segment_ids: jax.Array | None, rows: dict | None, implementation: str | None = None):
+    """q, k and v [B, T, heads, width] after their convolutions, in one call over all channels, and their new windows.
+
+    rows: the windows before, [B, W - 1, heads, width] each; None: zeros.
+    """
+    parts = [x["q"], x["k"], x["v"]]
+    sizes = [p.shape[2] * p.shape[3] for p in parts]
+    flat = jnp.concatenate([p.reshape(*p.shape[:2], -1) for p in parts], axis=-1)
+    weight = jnp.concatenate([w[n].reshape(-1, w[n].shape[-1]) for n in WINDOWS])
+    state = None
+    if rows is not None:
+        state = jnp.concatenate([rows[n].reshape(*rows[n].shape[:2], -1) for n in WINDOWS], axis=-1)
+    y, window = causal_conv1d(flat, weight, state=state, segment_ids=segment_ids, implementation=implementation)
+
+    def split(a):
+        ends = [sum(sizes[: i + 1]) for i in range(2)]
+        return [s.reshape(*a.shape[:2], *p.shape[2:]) for s, p in zip(jnp.split(a, ends, axis=-1), parts, strict=True)]
+
+    return split(y), dict(zip(WINDOWS, split(window), strict=True))
