@@ -4,7 +4,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "safetensors"]
+VIDEO = ["av"]
+TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "safetensors", *VIDEO]
 ORACLE = ["torch==2.13.0", "transformers==5.23.0"]
 GCS = ["etils[epath-gcs]"]
 
@@ -32,6 +33,7 @@ setup(
         "numpy>=2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
+        "pillow",
         "tensorboardX",
         "tensorstore",
         "tokenizers",
@@ -41,6 +43,7 @@ setup(
         "tpu": ["jax[tpu]", *GCS],
         "cuda": ["jax[cuda13]"],
         "gcs": GCS,
+        "video": VIDEO,
         "test": TEST,
         # The comparison with transformers (tests/oracle).
         "oracle": ORACLE,

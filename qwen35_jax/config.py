@@ -95,6 +95,8 @@ class ModelConfig:
     rms_norm_eps: float = 1e-6
     initializer_range: float = 0.02
     vision: VisionConfig | None = None
+    image_token_id: int | None = None  # of the placeholders that rows of the vision tower replace
+    video_token_id: int | None = None
     dtype: str = "bfloat16"
     fp8_weights: bool = False
     quantized_source: bool = False
@@ -237,6 +239,7 @@ def _from_hf(cls, raw: Mapping[str, Any]) -> ModelConfig:
         router_aux_loss_coef=f.get("router_aux_loss_coef", float, 0.001) if moe else 0.0,
         mtp_num_hidden_layers=f.get("mtp_num_hidden_layers", int, 0),
         vision=_vision(raw),
+        **{name: _Fields(raw, "").get(name, int, None) for name in ("image_token_id", "video_token_id")},
         quantized_source=_quantized(raw),
     )
 
@@ -378,4 +381,6 @@ def _preset(cls, name: str) -> ModelConfig:
         router_aux_loss_coef=0.0 if dense else 0.001,
         mtp_num_hidden_layers=1,
         vision=VisionConfig(depth, v_hidden, v_inter, v_heads, hidden, 3, 16, 2, 2, 2304),
+        image_token_id=248056,
+        video_token_id=248057,
     )

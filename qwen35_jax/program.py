@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from qwen35_jax.sharding import Sharding
@@ -37,3 +38,16 @@ def make_program(function: Callable, arguments: tuple, results: Any, donated: in
     shardings = jax.tree.map(lambda x: x.sharding, results)
     donate = () if donated is None else (donated,)
     return Program(jax.jit(function, out_shardings=shardings, donate_argnums=donate), arguments)
+
+
+def placing(compiled: Callable, arguments: tuple) -> Callable:
+    """The compiled program; host arrays passed to it are placed as it expects them."""
+
+    def put(x, like):
+        if not isinstance(x, jax.Array):
+            # From each process the parts that its own devices hold.
+            x = np.asarray(x, like.dtype)
+            return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
+        return x
+
+    return lambda *args: compiled(*(jax.tree.map(put, a, like) for a, like in zip(args, arguments, strict=True)))

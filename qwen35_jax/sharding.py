@@ -34,6 +34,7 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "F": ("model",),
     "V": ("model",),
     "E": ("data", "model"),
+    "I": ("replica", "data", "model"),  # rows of patches, where `model` does not divide the vision tower
 }
 
 

@@ -15,11 +15,19 @@ PACKAGE = ROOT / "qwen35_jax"
 
 # The layers, top to bottom; a module may import its own layer and those below it. Commands are the rest of the top.
 LAYERS = (
-    "train", "generate", "checkpoint", "text", "model", "ops", "program", "hosts", "sharding", "config", "compilation",
-    "command", "errors",
+    "train", "generate", "checkpoint", "vision_io", "text", "model", "ops", "program", "hosts", "sharding", "config",
+    "compilation", "command", "errors",
 )  # fmt: skip
 # Folders side by side that must not know each other.
-STRANGERS = {("train", "generate"), ("checkpoint", "text"), ("text", "model"), ("text", "ops")}
+STRANGERS = {
+    ("train", "generate"),
+    ("checkpoint", "text"),
+    ("text", "model"),
+    ("text", "ops"),
+    ("vision_io", "model"),
+    ("vision_io", "ops"),
+    ("checkpoint", "vision_io"),
+}
 
 
 def _modules():

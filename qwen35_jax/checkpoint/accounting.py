@@ -7,8 +7,8 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_mtp
-from qwen35_jax.checkpoint.names import VISION, halves, scale_name, scale_shape, tensor_parts, vision_shapes
+from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_mtp, source_has_vision
+from qwen35_jax.checkpoint.names import halves, scale_name, scale_shape, tensor_parts, vision_shapes
 from qwen35_jax.checkpoint.safetensors_file import DTYPE_NAMES
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
@@ -30,7 +30,7 @@ def expected_tensors(source: CanonicalSource, config: ModelConfig, *, mtp: bool 
     """What the source must hold: the text model; vision and (unless `mtp` demands it) MTP where any of it is there."""
     parts = tensor_parts(config, mtp=mtp or source_has_mtp(source))
     expected = {name: Expected(views[0][1].tensor_shape, views[0][1].fp8) for name, views in parts.items()}
-    if any(name.startswith(VISION) for name in source.tensors):
+    if source_has_vision(source):
         expected |= {name: Expected(shape) for name, shape in vision_shapes(config).items()}
     if config.tie_word_embeddings and "lm_head.weight" in source.tensors:
         expected["lm_head.weight"] = Expected((config.vocab_size, config.hidden_size))  # a copy of the embedding; not loaded

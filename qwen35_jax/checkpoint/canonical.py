@@ -129,3 +129,8 @@ def _complete(index: Index, rank: int) -> Iterable[slice]:
 def source_has_mtp(source: TensorSource) -> bool:
     """Whether the source holds weights of the multi-token-prediction layer."""
     return any(name.startswith(MTP) for name in source.tensors)
+
+
+def source_has_vision(source: CanonicalSource) -> bool:
+    """Whether the source holds weights of the vision tower."""
+    return any(name.startswith(VISION) for name in source.tensors)

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from qwen35_jax.checkpoint.canonical import CanonicalSource
+from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_vision
 from qwen35_jax.checkpoint.names import VISION, Path, tensor_parts
 from qwen35_jax.checkpoint.safetensors_file import is_local, make_header, write_safetensors
 from qwen35_jax.checkpoint.source import INDEX, SINGLE, TensorSource, check_directory, text_files
@@ -223,7 +223,7 @@ def _vision_tensors(source: TensorSource | None, config: ModelConfig) -> Canonic
     if source is None:
         return None
     canonical = source if isinstance(source, CanonicalSource) else CanonicalSource(source, config)
-    return canonical if any(name.startswith(VISION) for name in canonical.tensors) else None
+    return canonical if source_has_vision(canonical) else None
 
 
 def _final_config(hf_config: Mapping[str, Any] | None, config: ModelConfig, dtype: str) -> dict[str, Any]:
@@ -295,6 +295,8 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     if config.vision is not None:
         fixed = {"model_type": family, "hidden_act": "gelu_pytorch_tanh", "deepstack_visual_indexes": []}
         result["vision_config"] = fixed | dataclasses.asdict(config.vision)
+    tokens = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
+    result |= {name: token for name, token in tokens.items() if token is not None}
     return result
 
 

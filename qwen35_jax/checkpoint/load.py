@@ -13,8 +13,8 @@ import tqdm
 
 from qwen35_jax.checkpoint.accounting import FP8, check
 from qwen35_jax.checkpoint.assemble import Ranges, aligned_empty, blocks_of, fill
-from qwen35_jax.checkpoint.canonical import CanonicalSource
-from qwen35_jax.checkpoint.names import Path, View, parameter_views
+from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_vision
+from qwen35_jax.checkpoint.names import Path, View, parameter_views, vision_views
 from qwen35_jax.checkpoint.safetensors_file import DTYPE_NAMES
 from qwen35_jax.checkpoint.source import TensorSource
 from qwen35_jax.config import ModelConfig
@@ -55,8 +55,22 @@ def load_params(source: TensorSource, config: ModelConfig, abstract: dict, *, pr
     """
     source = source if isinstance(source, CanonicalSource) else CanonicalSource(source, config)
     check(source, config, mtp="mtp" in abstract)
+    views = parameter_views(config, mtp="mtp" in abstract)
+    return _load(source, abstract, list(_plans(source, views, abstract, "units", config.num_units)), progress)
+
+
+def load_vision_params(source: TensorSource, config: ModelConfig, abstract: dict, *, progress: bool = False) -> dict:
+    """The vision tower's parameters, as `load_params` has it; "blocks" is one dict whose leaves have a leading axis of depth."""
+    source = source if isinstance(source, CanonicalSource) else CanonicalSource(source, config)
+    check(source, config)
+    if not source_has_vision(source):
+        raise UserError(f"{source.directory} holds no vision tower (its config.json has one): it cannot read images")
+    plans = list(_plans(source, vision_views(config), abstract, "blocks", config.vision.depth))
+    return _load(source, abstract, plans, progress)
+
+
+def _load(source: CanonicalSource, abstract: dict, plans: list[Leaf], progress: bool) -> dict:
     leaves, structure = jax.tree.flatten(abstract)
-    plans = list(_plans(source, config, abstract))
     assert len(plans) == len(leaves)
     arrays: list[jax.Array] = []
     with (
@@ -78,14 +92,14 @@ def load_params(source: TensorSource, config: ModelConfig, abstract: dict, *, pr
     return jax.tree.unflatten(structure, arrays)
 
 
-def _plans(source: CanonicalSource, config: ModelConfig, abstract: dict) -> Iterator[Leaf]:
-    views = parameter_views(config, mtp="mtp" in abstract)
-    stacked = isinstance(abstract["units"], dict)
+def _plans(source: CanonicalSource, views: dict[Path, View], abstract: dict, repeated: str, count: int) -> Iterator[Leaf]:
+    """What each leaf of `abstract` is built from; under `repeated`, one dict is stacked from `count` views a leaf."""
+    stacked = isinstance(abstract[repeated], dict)
     flat, _ = jax.tree_util.tree_flatten_with_path(abstract, is_leaf=lambda x: isinstance(x, Fp8Weight))
     for keys, leaf in flat:
         path: Path = tuple(k.idx if isinstance(k, jax.tree_util.SequenceKey) else k.key for k in keys)
-        per_unit = stacked and path[0] == "units"
-        paths = [("units", u, *path[1:]) for u in range(config.num_units)] if per_unit else [path]
+        per_unit = stacked and path[0] == repeated
+        paths = [(repeated, u, *path[1:]) for u in range(count)] if per_unit else [path]
         found = tuple(views[p] for p in paths)
         if isinstance(leaf, Fp8Weight):
             _check_kept(source, found, leaf)

@@ -243,30 +243,50 @@ def tensor_parts(config: ModelConfig, *, mtp: bool = True) -> dict[str, list[tup
     return parts
 
 
-def vision_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the vision tower's tensors; empty for a text-only configuration."""
+def vision_views(config: ModelConfig) -> dict[Path, View]:
+    """The view of each parameter of the vision tower by its path, as ("blocks", 0, "q", "weight"); empty without one."""
     v = config.vision
     if v is None:
         return {}
-    h, f = v.hidden_size, v.intermediate_size
-    merged = h * v.spatial_merge_size**2
-    linears = {
-        "patch_embed.proj": (h, v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size),
-        "merger.linear_fc1": (merged, merged),
-        "merger.linear_fc2": (v.out_hidden_size, merged),
-        "merger.norm": (h,),
+    d, merged = v.hidden_size, v.hidden_size * v.spatial_merge_size**2
+    patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
+    proj = {
+        "weight": _view(f"{VISION}patch_embed.proj.weight", ((d,), *((n,) for n in patch)), (1, 2, 3, 4, 0)),
+        "bias": _view(f"{VISION}patch_embed.proj.bias", ((d,),)),
     }
-    for b in range(v.depth):
-        linears |= {
-            f"blocks.{b}.norm1": (h,),
-            f"blocks.{b}.norm2": (h,),
-            f"blocks.{b}.attn.qkv": (3 * h, h),
-            f"blocks.{b}.attn.proj": (h, h),
-            f"blocks.{b}.mlp.linear_fc1": (f, h),
-            f"blocks.{b}.mlp.linear_fc2": (h, f),
-        }
-    shapes = {f"{VISION}pos_embed.weight": (v.num_position_embeddings, h)}
-    for name, shape in linears.items():
-        shapes[f"{VISION}{name}.weight"] = shape
-        shapes[f"{VISION}{name}.bias"] = shape[:1]
-    return shapes
+    tree = {
+        "embed": {"proj": proj, "positions": _view(f"{VISION}pos_embed.weight", ((v.num_position_embeddings,), (d,)))},
+        "blocks": {b: _vision_block(config, f"{VISION}blocks.{b}.") for b in range(v.depth)},
+        "merger": {
+            "norm": _affine(f"{VISION}merger.norm", (d,)),
+            "fc1": _affine(f"{VISION}merger.linear_fc1", (merged,), (merged,)),
+            "fc2": _affine(f"{VISION}merger.linear_fc2", (v.out_hidden_size,), (merged,)),
+        },
+    }
+    return dict(_flatten(tree))
+
+
+def _vision_block(config: ModelConfig, base: str) -> dict:
+    v = config.vision
+    d, f = v.hidden_size, v.intermediate_size
+    heads = (v.num_heads, d // v.num_heads)
+    parts = {name: {"rows": (i * d, (i + 1) * d), "total": 3 * d} for i, name in enumerate("qkv")}
+    return {
+        "norm1": _affine(f"{base}norm1", (d,)),
+        **{name: _affine(f"{base}attn.qkv", heads, (d,), **part) for name, part in parts.items()},
+        "proj": _affine(f"{base}attn.proj", (d,), heads),
+        "norm2": _affine(f"{base}norm2", (d,)),
+        "fc1": _affine(f"{base}mlp.linear_fc1", (f,), (d,)),
+        "fc2": _affine(f"{base}mlp.linear_fc2", (d,), (f,)),
+    }
+
+
+def _affine(name: str, outputs: tuple[int, ...], inputs: tuple[int, ...] = (), **part) -> dict[str, View]:
+    """Weight and bias of a linear layer, or (without `inputs`) of a norm; `part`: the rows of a fused tensor."""
+    weight = _transposed(f"{name}.weight", outputs, inputs, **part) if inputs else _view(f"{name}.weight", (outputs,))
+    return {"weight": weight, "bias": _view(f"{name}.bias", (outputs,), **part)}
+
+
+def vision_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the vision tower's tensors; empty for a text-only configuration."""
+    return {view.name: view.tensor_shape for view in vision_views(config).values()}

@@ -16,6 +16,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.generate import steps
 from qwen35_jax.generate.sampling import SamplingParams, control_arrays
 from qwen35_jax.model import Model
+from qwen35_jax.program import placing
 from qwen35_jax.sharding import to_host
 
 SMALLEST_BUCKET = 64
@@ -105,18 +106,7 @@ class Programs:
 
     def _compile(self, make: Callable[..., steps.Program], shape: tuple, options: dict) -> Callable:
         program = make(self.model, *shape, stacked=self.stacked, **options)
-        return _placing(program.compile(), program.arguments)
-
-
-def _placing(compiled: Callable, arguments: tuple) -> Callable:
-    def put(x, like):
-        if not isinstance(x, jax.Array):
-            # From each process the parts that its own devices hold.
-            x = np.asarray(x, like.dtype)
-            return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
-        return x
-
-    return lambda *args: compiled(*(jax.tree.map(put, a, like) for a, like in zip(args, arguments, strict=True)))
+        return placing(program.compile(), program.arguments)
 
 
 class Generation:

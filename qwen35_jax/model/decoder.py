@@ -20,7 +20,7 @@ from qwen35_jax.model import params as P
 from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.mtp import MtpLayer
 from qwen35_jax.model.unit import RMSNorm, Unit, apply_units
-from qwen35_jax.model.vision import VisionTower
+from qwen35_jax.model.vision import VisionModel
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.moe import RouterLoad
@@ -189,7 +189,7 @@ def parameter_counts(config: ModelConfig) -> dict[str, int]:
     mtp = parts.pop("mtp", 0)
     parts["units"] *= config.num_units
     text = sum(parts.values())
-    vision = P.count(P.declarations(VisionTower(config))) if config.vision else 0
+    vision = VisionModel(config, Sharding(mesh)).count() if config.vision else 0
     unused = 0
     if config.num_experts:
         experts = 3 * config.hidden_size * config.moe_intermediate_size

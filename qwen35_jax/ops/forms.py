@@ -25,6 +25,7 @@ class Forms:
     causal_conv1d: str = "xla"
     attention: str = "xla"
     cached_attention: str = "xla"
+    vision_attention: str = "xla"
     linear: str = "xla"
     grouped_linear: str = "xla"
     fp8_linear: str = "xla"

@@ -1,4 +1,4 @@
-"""Root-mean-square norms. Statistics in fp32, one rounding at the end."""
+"""Root-mean-square norms, and LayerNorm. Statistics in fp32, one rounding at the end."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def rms_norm(x, weight, eps: float = 1e-6, offset: float = 1.0):
     x32 = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (x32 * scale * (offset + weight.astype(jnp.float32))).astype(x.dtype)
+
+
+def layer_norm(x, weight, bias, eps: float = 1e-6):
+    """LayerNorm over the last axis: x [..., D], weight and bias [D] -> [..., D] in x.dtype."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    return (centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
 def gated_rms_norm(o, z, weight, eps: float = 1e-6):

@@ -27,6 +27,14 @@ def segment_positions(segment_ids: jax.Array) -> jax.Array:
     return index - jax.lax.cummax(jnp.where(fresh, index, 0), axis=1)
 
 
+def segment_ends(segment_ids: jax.Array) -> jax.Array:
+    """Index of the last token of each token's own run of equal segment_ids [B, T]: int32 [B, T]."""
+    last = segment_ids.shape[1] - 1
+    index = jnp.broadcast_to(jnp.arange(last + 1, dtype=jnp.int32), segment_ids.shape)
+    closes = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (0, 1)))
+    return jax.lax.cummin(jnp.where(closes, index, last), axis=1, reverse=True)
+
+
 def check_segment_ids(op: str, segment_ids: jax.Array | None, batch: int, time: int) -> None:
     """Raise UserError unless segment_ids is None or an integer array [batch, time]."""
     if segment_ids is None:

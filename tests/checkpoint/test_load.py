@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen35_jax.checkpoint import CanonicalSource, load_params, open_source, source_has_mtp
+from qwen35_jax.checkpoint import CanonicalSource, load_params, load_vision_params, open_source, source_has_mtp
 from qwen35_jax.checkpoint import assemble as assemble_module
 from qwen35_jax.checkpoint.conversion import convert
-from qwen35_jax.checkpoint.names import halves, parameter_views, scale_name
+from qwen35_jax.checkpoint.names import halves, parameter_views, scale_name, vision_views
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.model import Model
+from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.fp8 import Fp8Weight
 from qwen35_jax.sharding import Sharding, make_mesh
 from tests.checkpoint.synthetic import BF16, FP8, canonical_tensors, hf_config, per_expert, renamed, write
@@ -99,6 +99,31 @@ def test_inner_axes_are_cut(tmp_path):
     tensors = canonical_tensors(config, fp8=True)
     path = write(tmp_path / "hf", config, per_expert(tensors))
     _check(*_load(path, config, "2x4", True, "float32"), tensors, True)
+
+
+@pytest.mark.parametrize("mesh", ["1x1", "2x2", "1x8"])
+def test_vision_tower(tmp_path, mesh):
+    """From both kinds of directory, under either prefix, in one tree with an axis of depth."""
+    config = hf_config()
+    tensors = canonical_tensors(config)
+    path = write(tmp_path / "hf", config, renamed(tensors, "old"))
+    convert(str(path), str(tmp_path / "orbax"), progress=False)
+    c = ModelConfig.from_hf(config).replace(dtype="float32")
+    abstract = VisionModel(c, Sharding(make_mesh(mesh))).abstract_params()
+    for directory in (path, tmp_path / "orbax"):
+        params = load_vision_params(open_source(str(directory)), c, abstract)
+        assert jax.tree.all(jax.tree.map(lambda a, x: a.sharding == x.sharding and a.dtype == x.dtype, abstract, params))
+        for place, view in vision_views(c).items():
+            leaf, want = _leaf(params, place, True), view.take(tensors[view.name])
+            np.testing.assert_array_equal(np.asarray(leaf), want.astype(np.float32), str(place))
+
+
+def test_a_vision_tower_that_is_not_there(tmp_path):
+    config = hf_config()
+    path = write(tmp_path / "hf", config, canonical_tensors(config, vision=False))
+    c = ModelConfig.from_hf(config)
+    with pytest.raises(UserError, match="holds no vision tower"):
+        load_vision_params(open_source(str(path)), c, VisionModel(c, Sharding(make_mesh("1x1"))).abstract_params())
 
 
 @pytest.mark.parametrize("moe", [False, True])

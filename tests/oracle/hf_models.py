@@ -54,6 +54,7 @@ class Case:
     mtp: bool = False
     vision: bool = True
     fused: bool = True  # routed experts in one tensor a layer, as published; save_pretrained writes one an expert
+    tower: tuple[int, int, int, int] = (1, 32, 48, 2)  # of the vision tower: depth, hidden, width, heads
     embedding: float = 1.0  # factor on the input embedding, a power of two
     seed: int = 0
 
@@ -83,6 +84,8 @@ CASES = {
         Case("dense_deep", embedding=16.0, seed=1),
         Case("moe_deep", experts=(12, 3, 48, 64), fused=False, embedding=16.0, seed=5),
         Case("attention_only", interval=1, layers=3, seed=7),
+        Case("vision", heads=(8, 8), gdn_heads=(16, 8), tower=(3, 64, 96, 4), interval=2, layers=4, seed=12),
+        Case("vision_moe", experts=(8, 2, 64, 48), tower=(3, 64, 96, 4), interval=2, layers=4, seed=13),
         # Head counts, widths and experts that eight shards divide …
         Case("mesh_dense", heads=(8, 8), gdn_heads=(16, 8), interval=2, layers=2, seed=8),
         Case("mesh_moe", heads=(16, 8), gdn_heads=(8, 8), experts=(16, 3, 48, 64), interval=2, layers=2, seed=9),
@@ -122,7 +125,8 @@ def hf_config(case: Case):
         text |= dict(zip(names, case.experts, strict=True))
     else:
         text["intermediate_size"] = case.ffn
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": case.hidden}
+    vision = dict(zip(("depth", "hidden_size", "intermediate_size", "num_heads"), case.tower, strict=True))
+    vision |= {"out_hidden_size": case.hidden}
     vision |= {"num_position_embeddings": 16, "patch_size": 4}
     special = {"image_token_id": case.vocab - 2, "video_token_id": case.vocab - 3}
     special |= {"vision_start_token_id": case.vocab - 4, "vision_end_token_id": case.vocab - 5}

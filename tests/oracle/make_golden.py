@@ -4,7 +4,8 @@
 
 Each folder holds a Hugging Face checkpoint and expected.npz (numbers in fp32): `ids` [120], `logits` [120, V], `states`
 (hidden states [layers + 1, positions, D] at `positions`), `greedy` (the 32 tokens that follow), `greedy_margin` (the
-least lead of the best logit while they are chosen) and, where the model has such a layer, `mtp_logits` [119, V].
+least lead of the best logit while they are chosen) and, where the model has such a layer, `mtp_logits` [119, V]. Where it has
+a vision tower, vision.npz holds the tower's `rows` [tokens, D] for the `patches` (uint8 [N, values]) of `grids` [pictures, 3].
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from tests.oracle import hf_models
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 TOKENS, NEW_TOKENS = 120, 32
+GRIDS = ((1, 4, 6), (3, 2, 4))
 POSITIONS = (0, 1, 3, 63, 64, 100, 119)
 SMALL = {"hidden": 32, "vocab": 256, "head_dim": 32, "gdn_head_dim": 16}
 CASES = (
@@ -54,9 +56,22 @@ def write(case: hf_models.Case, directory: Path) -> None:
     print(json.dumps({"case": case.name, "bytes": size, "greedy_margin": float(expected["greedy_margin"])}))
 
 
+@torch.inference_mode()
+def write_vision(case: hf_models.Case, directory: Path) -> None:
+    tower = hf_models.build(case).model.model.visual
+    grids = np.array(GRIDS, np.int32)
+    width = 3 * 2 * tower.config.patch_size**2
+    patches = np.random.default_rng(case.seed).integers(0, 256, (grids.prod(axis=1).sum(), width), np.uint8)
+    pixels = torch.tensor((patches.astype(np.float32) - 127.5) / 127.5)
+    rows = tower(pixels, grid_thw=torch.tensor(grids, dtype=torch.long)).pooler_output.numpy()
+    np.savez_compressed(directory / "vision.npz", grids=grids, patches=patches, rows=rows)
+
+
 def main() -> None:
     for case in CASES:
         write(case, GOLDEN / case.name)
+        if case.vision:
+            write_vision(case, GOLDEN / case.name)
 
 
 if __name__ == "__main__":

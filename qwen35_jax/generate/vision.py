@@ -1,0 +1,132 @@
+"""Images and videos through the vision tower: frames packed into rows of few lengths, one compiled program for each length."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from qwen35_jax.model import VisionModel
+from qwen35_jax.program import Program, abstract_array, make_program, placing
+from qwen35_jax.sharding import to_host
+from qwen35_jax.vision_io import Visual
+
+SMALLEST_ROW = 256
+# Frames that are smaller share a row of up to so many patches.
+SHARED_ROW = 16384
+
+
+def row_bucket(patches: int) -> int:
+    """Length of a row for `patches`: four sizes an octave, so at most a quarter is spare; a multiple of 64."""
+    step = SMALLEST_ROW // 4
+    while step * 8 < patches:
+        step *= 2
+    return max(SMALLEST_ROW, -(-patches // step) * step)
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """One temporal patch of a visual: rows `start` to `stop` of its patches."""
+
+    visual: int
+    start: int
+    stop: int
+
+
+def pack_frames(visuals: Sequence[Visual], shards: int) -> tuple[int, list[list[Frame]]]:
+    """(length, rows): every frame of the visuals, in order, in rows of at most `length` patches; `shards` rows run at once."""
+    frames = []
+    for i, visual in enumerate(visuals):
+        size = visual.grid[1] * visual.grid[2]
+        frames += [Frame(i, t * size, (t + 1) * size) for t in range(visual.grid[0])]
+    sizes = [f.stop - f.start for f in frames]
+    length = row_bucket(max(*sizes, min(-(-sum(sizes) // shards), SHARED_ROW)))
+    rows: list[list[Frame]] = []
+    room = 0
+    for frame, size in zip(frames, sizes, strict=True):
+        if size > room:
+            rows.append([])
+            room = length
+        rows[-1].append(frame)
+        room -= size
+    return length, rows
+
+
+def make_vision(model: VisionModel, rows: int, length: int) -> Program:
+    """(params, patches, places, segment_ids; see `VisionModel`) -> [rows, length / merge^2, width of the text model]."""
+    v, layout = model.config.vision, model.layout
+    width = v.in_channels * v.temporal_patch_size * v.patch_size**2
+
+    def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        axes = layout.axes(" ".join(["I", "T", "X"][: len(shape)]))
+        return abstract_array(model.sharding, axes, shape, dtype)
+
+    inputs = (array((rows, length, width), "uint8"), array((rows, length, 4), "int32"), array((rows, length), "int32"))
+    result = array((rows, length // v.spatial_merge_size**2, v.out_hidden_size), model.config.dtype)
+    return make_program(model, (model.abstract_params(), *inputs), result, None)
+
+
+class VisionEncoder:
+    """The vision tower with its parameters, which are loaded when the first picture comes."""
+
+    def __init__(self, model: VisionModel, load: Callable[[], dict]):
+        self.model, self._load = model, load
+        self.params: dict | None = None
+        self.compile_seconds = 0.0
+        self._compiled: dict[int, Callable] = {}
+
+    def encode(self, visuals: Sequence[Visual]) -> list[np.ndarray]:
+        """Each visual's rows [tokens, width of the text model], on every host. UserError where the tower cannot be loaded."""
+        if not visuals:
+            return []
+        if self.params is None:
+            self.params = self._load()
+        shards = self.model.sharding.size(self.model.layout.rows)
+        length, rows = pack_frames(visuals, shards)
+        parts: list[list[np.ndarray]] = [[] for _ in visuals]
+        merged = self.model.config.vision.spatial_merge_size**2
+        for first in range(0, len(rows), shards):
+            batch = rows[first : first + shards]
+            out = to_host(self._program(shards, length)(self.params, *_arrays(visuals, batch, shards, length)))
+            for row, frames in zip(out, batch, strict=False):
+                place = 0
+                for frame in frames:
+                    count = (frame.stop - frame.start) // merged
+                    parts[frame.visual].append(row[place : place + count])
+                    place += count
+        return [np.concatenate(p) for p in parts]
+
+    def _program(self, rows: int, length: int) -> Callable:
+        if length not in self._compiled:
+            begin = time.perf_counter()
+            program = make_vision(self.model, rows, length)
+            self._compiled[length] = placing(program.compile(), program.arguments)
+            self.compile_seconds += time.perf_counter() - begin
+        return self._compiled[length]
+
+
+def _arrays(visuals: Sequence[Visual], batch: list[list[Frame]], rows: int, length: int) -> tuple[np.ndarray, ...]:
+    """Patches, places and segment ids of one call; rows beyond the batch are padding."""
+    patches = np.zeros((rows, length, visuals[0].patches.shape[1]), np.uint8)
+    places = np.ones((rows, length, 4), np.int32)
+    segments = np.zeros((rows, length), np.int32)
+    for r, frames in enumerate(batch):
+        place = 0
+        for number, frame in enumerate(frames, 1):
+            visual = visuals[frame.visual]
+            here = slice(place, place + frame.stop - frame.start)
+            patches[r, here] = visual.patches[frame.start : frame.stop]
+            places[r, here] = _places(visual.grid[1], visual.grid[2], visual.merge)
+            segments[r, here] = number
+            place = here.stop
+    return patches, places, segments
+
+
+def _places(height: int, width: int, merge: int) -> np.ndarray:
+    """int32 [height * width, 4]: row and column of each patch in the merger's order, height and width."""
+    place = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
+    place = place.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    return np.concatenate([place, np.broadcast_to([height, width], place.shape)], axis=1).astype(np.int32)
