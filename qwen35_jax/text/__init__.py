@@ -1,7 +1,7 @@
 """Text in and out: tokenizer, chat template, streaming, and the sampling settings that come with a checkpoint."""
 
 from qwen35_jax.text.chat_template import ChatTemplate, built_in_template
-from qwen35_jax.text.files import read_json_object
+from qwen35_jax.text.files import one_line, read_json_object
 from qwen35_jax.text.generation_config import (
     SAMPLING_PRESETS,
     GenerationConfig,
@@ -25,6 +25,7 @@ __all__ = [
     "built_in_template",
     "normalise_messages",
     "normalise_tools",
+    "one_line",
     "read_generation_config",
     "read_json_object",
     "read_prompts",

@@ -6,6 +6,8 @@ Each folder holds a Hugging Face checkpoint and expected.npz (numbers in fp32): 
 (hidden states [layers + 1, positions, D] at `positions`), `greedy` (the 32 tokens that follow), `greedy_margin` (the
 least lead of the best logit while they are chosen) and, where the model has such a layer, `mtp_logits` [119, V]. Where it has
 a vision tower, vision.npz holds the tower's `rows` [tokens, D] for the `patches` (uint8 [N, values]) of `grids` [pictures, 3].
+
+resize.npz: `pixels` and what torch's uint8 kernel, bicubic with antialiasing, makes of them at other sizes (`64x96` …).
 """
 
 from __future__ import annotations
@@ -67,7 +69,18 @@ def write_vision(case: hf_models.Case, directory: Path) -> None:
     np.savez_compressed(directory / "vision.npz", grids=grids, patches=patches, rows=rows)
 
 
+def write_resize(file: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 41, 3), np.uint8)
+    channels = torch.tensor(pixels).permute(2, 0, 1)[None]
+    arrays = {"pixels": pixels}
+    for size in ((32, 32), (32, 64), (16, 64), (20, 30)):
+        scaled = torch.nn.functional.interpolate(channels, size, mode="bicubic", antialias=True)
+        arrays[f"{size[0]}x{size[1]}"] = scaled[0].permute(1, 2, 0).numpy()
+    np.savez_compressed(file, **arrays)
+
+
 def main() -> None:
+    write_resize(GOLDEN / "resize.npz")
     for case in CASES:
         write(case, GOLDEN / case.name)
         if case.vision:

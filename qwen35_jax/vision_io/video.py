@@ -1,0 +1,194 @@
+"""Videos to a few resized frames with their times. Only the frames that are looked at are kept, each at its final size."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.text import one_line
+from qwen35_jax.vision_io.images import check_pixels, describe, local_path, read_image
+from qwen35_jax.vision_io.resize import resize, video_size
+from qwen35_jax.vision_io.settings import VisionSettings
+
+UNKNOWN_FPS = 24.0  # what the published processor takes where nothing says
+MAX_FRAMES = 1_000_000  # of a file, looked at or not
+MAX_FILE_BYTES = 16 << 30
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A video before it is sampled: `count` frames at `fps`; `frames(indices)` yields those (rising), uint8 [H, W, 3]."""
+
+    count: int
+    fps: float
+    size: tuple[int, int]
+    frames: Callable[[Sequence[int]], Iterator[np.ndarray]]
+
+
+def read_video(source: Any, settings: VisionSettings, fps: float | None = None) -> tuple[np.ndarray, tuple[float, ...]]:
+    """(frames uint8 [T, H, W, 3] resized, the seconds of each temporal patch) of a video.
+
+    Args:
+        source: a path of a file (through PyAV) or of a folder of pictures in the order of their names, or frames: uint8
+            [T, H, W, 3], or a list of images as `read_image` takes them.
+        settings: how many frames are looked at, and how large.
+        fps: of the source, for frames and folders; files know theirs. Default: 24.
+
+    Raises UserError, one line, for what is no video, has no frames, is too large or is damaged.
+    """
+    name = describe(source)
+    try:
+        clip = _clip(source, fps)
+        if not clip.count:
+            raise UserError("it has no frames")
+        check_pixels(*clip.size)
+        indices = sample_frames(clip.count, clip.fps, settings)
+        size = video_size(len(indices), *clip.size, settings)
+        frames = np.empty((len(indices), *size, 3), np.uint8)
+        found = -1
+        for found, frame in enumerate(clip.frames(indices)):
+            frames[found] = resize(frame, size)
+        if found + 1 < len(indices):
+            raise UserError(f"it ends after {found + 1} of the {len(indices)} frames to be looked at: it is damaged")
+    except UserError as error:
+        raise UserError(f"video {name}: {error}") from error
+    return frames, patch_seconds(indices, clip.fps, settings.temporal_patch_size)
+
+
+def sample_frames(count: int, fps: float, settings: VisionSettings) -> list[int]:
+    """Which of `count` frames at `fps` are looked at: evenly from first to last, as many as settings.fps makes of their time."""
+    wanted = int(count / fps * settings.fps)
+    wanted = min(max(wanted, settings.min_frames), settings.max_frames, count)
+    return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+
+
+def patch_seconds(indices: Sequence[int], fps: float, step: int) -> tuple[float, ...]:
+    """When each temporal patch of `step` frames is: the mean of its first and last frame's times, the last frame repeated."""
+    padded = [*indices, *[indices[-1]] * (-len(indices) % step)]
+    return tuple((padded[i] / fps + padded[i + step - 1] / fps) / 2 for i in range(0, len(padded), step))
+
+
+def _clip(source: Any, fps: float | None) -> Clip:
+    if fps is not None and not (isinstance(fps, int | float | np.number) and 0 < fps <= 1e6):
+        raise UserError(f"its fps is {fps!r:.40}; it must be above 0")
+    if isinstance(source, str | os.PathLike):
+        path = local_path(source)
+        if path.is_dir():
+            return _pictures(_in_order(path), fps or UNKNOWN_FPS)
+        if fps is not None:
+            raise UserError("fps of the source is for frames and folders; a file knows its own")
+        return _file_clip(path)
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3:
+            raise UserError(f"frames must be uint8 [T, H, W, 3], not {source.dtype} {list(source.shape)}")
+        return Clip(len(source), fps or UNKNOWN_FPS, source.shape[1:3], lambda indices: (source[i] for i in indices))
+    if isinstance(source, list | tuple):
+        return _pictures(list(source), fps or UNKNOWN_FPS)
+    raise UserError("give a file, a folder of pictures, a list of images or a uint8 array [T, H, W, 3]")
+
+
+def _in_order(folder: epath.Path) -> list[epath.Path]:
+    """The pictures of a folder; numbers in their names count as numbers."""
+
+    def key(path: epath.Path) -> list:
+        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+
+    return sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES), key=key)
+
+
+def _pictures(sources: list, fps: float) -> Clip:
+    """Frames that are images of their own."""
+    if len(sources) > MAX_FRAMES:
+        raise UserError(f"it has {len(sources):,} frames; at most {MAX_FRAMES:,} are possible")
+    size = read_image(sources[0]).shape[:2] if sources else (0, 0)
+
+    def frames(indices: Iterable[int]) -> Iterator[np.ndarray]:
+        for i in indices:
+            pixels = read_image(sources[i])
+            if pixels.shape[:2] != size:
+                shape = f"{pixels.shape[1]} x {pixels.shape[0]}"
+                raise UserError(f"frame {i} is {shape} pixels, the first is {size[1]} x {size[0]}")
+            yield pixels
+
+    return Clip(len(sources), fps, size, frames)
+
+
+def _file_clip(path: epath.Path) -> Clip:
+    av = _pyav()
+    try:
+        length = path.stat().length
+    except FileNotFoundError as error:
+        raise UserError("there is no such file") from error
+    if length > MAX_FILE_BYTES:
+        raise UserError(f"it has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    try:
+        with _opened(av, path) as container:
+            stream = container.streams.video[0]
+            fps, size = stream.average_rate or stream.guessed_rate, (stream.height, stream.width)
+            check_pixels(*size)
+            count = _count(container, stream)
+    except av.FFmpegError as error:
+        raise UserError(f"it cannot be read: {_reason(error)}") from error
+    return Clip(count, float(fps or UNKNOWN_FPS), size, lambda indices: _decoded(av, path, indices, size))
+
+
+def _pyav():
+    try:
+        return importlib.import_module("av")
+    except ImportError as error:
+        raise UserError("reading video files needs PyAV: pip install 'qwen35_jax[video]', or give a folder of frames") from error
+
+
+def _opened(av, path: epath.Path):
+    """The container, which has a video stream. Only local files: FFmpeg would follow what a playlist names."""
+    local = os.fspath(path)
+    if "://" in local:
+        raise UserError("video files are read from local disks: copy it here first")
+    options = {"protocol_whitelist": "file"}
+    container = av.open(f"file:{local}", options=options, metadata_errors="replace")
+    if not container.streams.video:
+        container.close()
+        raise UserError("it has no video in it")
+    return container
+
+
+def _count(container, stream) -> int:
+    """Frames of a file, counted without decoding: what its header says need not be true."""
+    count = 0
+    for packet in container.demux(stream):
+        count += packet.size > 0
+        if count > MAX_FRAMES:
+            raise UserError(f"it has more than {MAX_FRAMES:,} frames")
+    return count
+
+
+def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Frames `indices` (rising) as uint8 [H, W, 3]; fewer where the file ends before."""
+    wanted = iter(indices)
+    target = next(wanted)
+    try:
+        with _opened(av, path) as container:
+            container.streams.video[0].thread_type = "AUTO"
+            for i, frame in enumerate(container.decode(video=0)):
+                while i == target:
+                    if (frame.height, frame.width) != size:
+                        raise UserError(f"frame {i} is {frame.width} x {frame.height} pixels, the first {size[1]} x {size[0]}")
+                    yield frame.to_ndarray(format="rgb24")
+                    target = next(wanted, -1)
+                if target < 0:
+                    return
+    except av.FFmpegError as error:
+        raise UserError(f"it cannot be decoded: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or one_line(error)

@@ -1,0 +1,183 @@
+"""Videos from files, folders and arrays: which frames are looked at, when they are, how large; and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.vision_io import VisionSettings, image_visual, patch_seconds, read_video, sample_frames, video_size, video_visual
+from qwen35_jax.vision_io import video as video_module
+
+av = pytest.importorskip("av", reason="reading video files needs PyAV (av)")
+
+SETTINGS = VisionSettings()
+
+
+def write_video(path, count: int, size: tuple[int, int] = (64, 96), fps: int = 8) -> None:
+    """Frame i is grey, ten times i."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def grey(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
+    return np.broadcast_to((10 * np.arange(count, dtype=np.uint8))[:, None, None, None], (count, *size, 3))
+
+
+def test_file(tmp_path):
+    """20 frames at 8 a second are looked at twice a second."""
+    write_video(tmp_path / "a.mp4", 20)
+    frames, seconds = read_video(tmp_path / "a.mp4", SETTINGS)
+    assert frames.shape == (5, 64, 96, 3) and seconds == pytest.approx((0.3125, 1.5, 2.375))
+    assert np.abs(frames[:, 0, 0, 0].astype(int) - [0, 50, 100, 140, 190]).max() <= 3  # lossy
+
+
+def test_array_folder_and_list_say_the_same(tmp_path):
+    frames = grey(12)
+    for i, frame in enumerate(frames):
+        Image.fromarray(np.ascontiguousarray(frame)).save(tmp_path / f"frame{i}.png")  # frame10 comes after frame9
+    expected, seconds = read_video(frames, SETTINGS, fps=4)
+    assert expected[:, 0, 0, 0].tolist() == [0, 20, 40, 70, 90, 110] and seconds == (0.25, 1.375, 2.5)
+    for source in (tmp_path, [*frames], sorted(tmp_path.iterdir(), key=lambda p: int(p.stem[5:]))):
+        got, same = read_video(source, SETTINGS, fps=4)
+        np.testing.assert_array_equal(got, expected)
+        assert same == seconds
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "expected"),
+    [(9, 4, [0, 3, 5, 8]), (2, 24, [0, 1]), (1, 24, [0]), (3, 1, [0, 1, 2]), (100, 25, [0, 14, 28, 42, 57, 71, 85, 99])],
+)
+def test_which_frames(count, fps, expected):
+    assert sample_frames(count, fps, SETTINGS) == expected
+
+
+def test_settings_change_which_frames():
+    assert len(sample_frames(100, 10, SETTINGS.changed(fps=5))) == 50
+    assert len(sample_frames(100, 10, SETTINGS.changed(fps=5, max_frames=6))) == 6
+    assert len(sample_frames(10_000, 1, SETTINGS)) == 768
+
+
+def test_seconds():
+    """Of nine frames at four a second: <0.4 seconds>, <1.6 seconds>; an odd number repeats the last."""
+    assert patch_seconds([0, 3, 5, 8], 4, 2) == (0.375, 1.625)
+    assert patch_seconds([0, 2, 4], 2, 2) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("frames", "height", "width", "expected"),
+    [
+        (4, 480, 640, (480, 640)),
+        (768, 1080, 1920, (128, 224)),  # the budget of all frames together
+        (5, 16, 40, (32, 64)),  # brought to one tile first; 80 / 32 is rounded to the even 2
+        (1, 480, 640, (480, 640)),  # one frame is repeated
+    ],
+)
+def test_sizes(frames, height, width, expected):
+    assert video_size(frames, height, width, SETTINGS) == expected
+
+
+def test_a_frame_has_a_budget():
+    assert video_size(4, 480, 640, SETTINGS.changed(max_pixels=64 * 64)) == (32, 64)
+
+
+def test_one_frame_and_an_image_are_cut_alike():
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    image, video = image_visual(pixels, SETTINGS), video_visual(pixels[None], (0.0,), SETTINGS)
+    np.testing.assert_array_equal(image.patches, video.patches)
+    assert image.grid == video.grid == (1, 4, 6) and image.tokens == 6
+
+
+def test_settings_of_a_checkpoint(tmp_path):
+    vision = ModelConfig.preset("0.8b").vision
+    assert VisionSettings.from_directory(tmp_path, vision) == SETTINGS
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 4096, "longest_edge": 8192}}))
+    (tmp_path / "video_preprocessor_config.json").write_text(
+        json.dumps({"fps": 1, "max_frames": 8, "size": {"longest_edge": 99999}})
+    )
+    read = VisionSettings.from_directory(tmp_path, vision)
+    assert (read.image_min_pixels, read.image_max_pixels, read.video_max_pixels, read.fps, read.max_frames) == (
+        4096,
+        8192,
+        99999,
+        1.0,
+        8,
+    )
+    (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 14}')
+    with pytest.raises(UserError, match="patch_size is 14; supported: 16"):
+        VisionSettings.from_directory(tmp_path, vision)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"max_pixels": 1000}, "max_pixels is 1000"), ({"fps": 0.0}, "fps is 0.0"), ({"max_frames": 1}, "max_frames is 1")],
+)
+def test_settings_that_cannot_be(change, message):
+    with pytest.raises(UserError, match=message):
+        SETTINGS.changed(**change)
+
+
+BAD = {
+    "no frames": (np.zeros((0, 64, 64, 3), np.uint8), None, "it has no frames"),
+    "no list": ([], None, "it has no frames"),
+    "floats": (np.zeros((4, 64, 64, 3)), None, "must be uint8"),
+    "an image": (np.zeros((64, 64, 3), np.uint8), None, r"must be uint8 \[T, H, W, 3\]"),
+    "fps": (np.zeros((4, 64, 64, 3), np.uint8), 0, "its fps is 0"),
+    "strip": (np.zeros((4, 3, 900, 3), np.uint8), None, "one side may be"),
+    "sizes": ([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 65, 3), np.uint8)], None, "frame 1 is 65 x 64 pixels"),
+    "no file": ("/nowhere/a.mp4", None, "there is no such file"),
+    "remote": ("https://example.com/a.mp4", None, "remote URLs are not fetched"),
+    "a number": (3, None, "give a file, a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_videos(name):
+    source, fps, message = BAD[name]
+    with pytest.raises(UserError, match=message) as error:
+        read_video(source, SETTINGS, fps)
+    assert "\n" not in str(error.value)
+
+
+def test_bad_files(tmp_path):
+    whole = tmp_path / "a.mp4"
+    write_video(whole, 20)
+    text, cut, empty, sound = (tmp_path / name for name in ("text.mp4", "cut.mp4", "empty", "sound.mp4"))
+    text.write_text("hello")
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    empty.mkdir()
+    with av.open(str(sound), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, stream.layout = 44100, "mono"
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    for path, message in ((text, "cannot be read"), (cut, "cannot be read"), (empty, "no frames"), (sound, "no video in it")):
+        with pytest.raises(UserError, match=message) as error:
+            read_video(path, SETTINGS)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="a file knows its own"):
+        read_video(whole, SETTINGS, fps=4)
+
+
+def test_a_video_that_ends_early(tmp_path, monkeypatch):
+    write_video(tmp_path / "a.mp4", 20)
+    monkeypatch.setattr(video_module, "_count", lambda *_: 60)
+    with pytest.raises(UserError, match="it ends after"):
+        read_video(tmp_path / "a.mp4", SETTINGS)
+
+
+def test_without_pyav(tmp_path, monkeypatch):
+    (tmp_path / "a.mp4").write_text("")
+    monkeypatch.setattr(video_module.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
+    with pytest.raises(UserError, match=r"needs PyAV: pip install 'qwen35_jax\[video\]'"):
+        read_video(tmp_path / "a.mp4", SETTINGS)
