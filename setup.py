@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 VIDEO = ["av"]
 TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "safetensors", *VIDEO]
-ORACLE = ["torch==2.13.0", "transformers==5.23.0"]
+ORACLE = ["torch==2.13.0", "transformers==5.23.0", "accelerate"]  # the last for FP8 checkpoints
 GCS = ["etils[epath-gcs]"]
 
 setup(

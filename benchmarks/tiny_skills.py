@@ -21,9 +21,12 @@ Scores the skills of the tiny model on held-out cases, greedily.
 
   python -m benchmarks.tiny_skills
   python -m benchmarks.tiny_skills --checkpoint DIR --cases 64 --show 3
+  python -m benchmarks.tiny_skills --checkpoint DIR_IN_FP8 --keep_fp8 --fp8_activations
 """
 CHECKPOINT = flags.DEFINE_string("checkpoint", "tiny", "directory of a checkpoint; default: the packaged model")
 MESH = flags.DEFINE_string("mesh", "1x1", "DATAxMODEL or REPLICAxDATAxMODEL")
+KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
+FP8_ACTIVATIONS = flags.DEFINE_bool("fp8_activations", False, "with --keep_fp8: multiply them with activations in FP8 too")
 CASES = flags.DEFINE_integer("cases", 256, "the most cases of a skill", lower_bound=1)
 SHOW = flags.DEFINE_integer("show", 0, "print so many wrong answers of each skill", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "one JSON object in place of the table")
@@ -257,7 +260,8 @@ def score(skill: str, target: float, cases: list[Case], said: list[Said]) -> Sco
 def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}: options start with --")
-    bench, scores = Bench(qwen35_jax.load(CHECKPOINT.value, MESH.value), min(BATCH, CASES.value)), []
+    forms = {"keep_fp8": KEEP_FP8.value, "fp8_activations": FP8_ACTIVATIONS.value}
+    bench, scores = Bench(qwen35_jax.load(CHECKPOINT.value, MESH.value, **forms), min(BATCH, CASES.value)), []
     if not JSON.value:
         print(f"{CHECKPOINT.value}, held-out cases, greedy, mesh {MESH.value}\n")
         print("| skill | cases | right | percent | target |\n|---|---|---|---|---|", flush=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import ml_dtypes
 import numpy as np
 
-from qwen35_jax.checkpoint.names import BLOCK, View, block_rows, halves, scale_name
+from qwen35_jax.checkpoint.names import BLOCK, Ranges, View, block_rows, halves, scale_name
 from qwen35_jax.checkpoint.source import TensorSource
 
 BLOCK_BYTES = 32 << 20  # how much of a tensor is worked on at once
@@ -17,8 +17,6 @@ TILE = 16  # columns of the destination that a transposing copy fills at once: o
 FP8 = np.dtype(ml_dtypes.float8_e4m3fn)
 # float32 value of each of the 256 float8_e4m3fn numbers; many times faster than a cast
 _FP8_VALUES = np.arange(256, dtype=np.uint8).view(FP8).astype(np.float32)
-
-Ranges = tuple[tuple[int, int], ...]
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -49,8 +47,8 @@ def blocks_of(source: TensorSource, view: View, ranges: Ranges) -> Iterator[Rang
 def fill(target: np.ndarray, source: TensorSource, view: View, ranges: Ranges, *, dequantise: bool) -> None:
     """target[...] = parameter[ranges], read from the source and cast to the target's dtype."""
     tensor_ranges, inner = _tensor_ranges(view, ranges)
-    index = tuple(slice(*r) for r in tensor_ranges)
-    values = source.read(view.name, index)
+    index = tuple(slice(*r) for r in view.stored(tensor_ranges))
+    values = view.repeated(source.read(view.name, index), tensor_ranges)
     if dequantise and values.dtype == FP8:
         values = _dequantised(values, source, view, tensor_ranges, target.dtype)
     elif values.dtype != target.dtype:

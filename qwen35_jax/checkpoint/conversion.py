@@ -1,4 +1,4 @@
-"""Conversion between Hugging Face safetensors and Orbax directories, both ways, without changing a bit."""
+"""Conversion between Hugging Face safetensors and Orbax directories, both ways, without changing a bit; and to FP8."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from qwen35_jax.checkpoint.canonical import CanonicalSource
 from qwen35_jax.checkpoint.opening import open_source
 from qwen35_jax.checkpoint.orbax_source import OrbaxSource, Record, Stored
 from qwen35_jax.checkpoint.orbax_writer import write_orbax
+from qwen35_jax.checkpoint.quantization import Quantised
 from qwen35_jax.checkpoint.safetensors_file import Header, Index, is_local, write_safetensors
 from qwen35_jax.checkpoint.source import INDEX, RECORD, HuggingFaceSource
 from qwen35_jax.checkpoint.staging import staging
@@ -25,44 +26,65 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 
 FORMS = ("orbax", "hf")
+QUANTISATIONS = ("fp8",)
 PIECE_BYTES = 64 << 20
 
 Place = tuple[str, Index]  # which slice of which stored tensor
 
 
-def convert(src: str, dst: str, to: str = "orbax", *, revision: str | None = None, progress: bool = True) -> None:
-    """Converts a checkpoint, keeping every name, dtype and byte.
+def convert(
+    src: str,
+    dst: str,
+    to: str | None = None,
+    *,
+    quantize: str | None = None,
+    revision: str | None = None,
+    progress: bool = True,
+) -> None:
+    """Converts a checkpoint, keeping every name, dtype and byte; or quantises it.
 
     Args:
-        src: Hugging Face directory or hub id (for `to="orbax"`), or a directory that this function made (`to="hf"`).
+        src: Hugging Face directory or hub id (for `to="orbax"`), or a directory that this function made (`to="hf"`); either
+            of them to quantise.
         dst: directory to make; local or gs://. It must not exist, and appears only when it is complete.
-        to: "orbax": one array per tensor, experts joined per layer, beside the configuration and tokenizer files and a
-            record of the source. "hf": the files of the original, byte for byte.
+        to: "orbax" (the default): one array per tensor, experts joined per layer, beside the configuration and tokenizer
+            files and a record of the source. "hf": the files of the original, byte for byte.
+        quantize: "fp8": Hugging Face files with the linear layers in FP8, as the published FP8 checkpoints have them.
         revision: of a hub id.
         progress: show a bar, if stderr is a terminal.
 
     A run that was killed is started afresh by the next one. Raises UserError for whatever is wrong with the input, for
     a disk that fills up, and where `dst` exists.
     """
+    if quantize not in (None, *QUANTISATIONS):
+        raise UserError(f"cannot quantize to {quantize!r}; choose {', '.join(QUANTISATIONS)}")
+    if quantize is not None and to == "orbax":
+        raise UserError("quantize writes Hugging Face files: leave `to` out, and convert them to orbax afterwards")
+    to = to or "orbax"
     if to not in FORMS:
         raise UserError(f"cannot convert to {to!r}; choose one of {', '.join(FORMS)}")
     source = open_source(src, revision)
-    if isinstance(source, OrbaxSource) == (to == "orbax"):
+    if quantize is None and isinstance(source, OrbaxSource) == (to == "orbax"):
         have, other = ("a converted checkpoint", "hf") if to == "orbax" else ("a Hugging Face checkpoint", "orbax")
         raise UserError(f"{src} is {have} already; convert it --to {other}")
     canonical = CanonicalSource(source, ModelConfig.from_hf(source.config))
     check(canonical, ModelConfig.from_hf(source.config))
-    size = sum(_nbytes(spec) for spec in canonical.tensors.values())
+    quantised = Quantised(canonical, ModelConfig.from_hf(source.config)) if quantize else None
+    size = quantised.nbytes if quantised else sum(_nbytes(spec) for spec in canonical.tensors.values())
     try:
         with staging(dst) as work:
             _check_space(work.parent, size)
             hidden = None if progress else True  # None: where stderr is no terminal
             with tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-                if isinstance(source, HuggingFaceSource):
+                if quantised:
+                    quantised.write(work, bar.update)
+                elif isinstance(source, HuggingFaceSource):
                     _to_orbax(source, canonical, work, bar.update)
                 else:
                     _to_hf(source, canonical, work, bar.update)
                 for file in source.files:
+                    if quantised and file.name == "config.json":
+                        continue
                     (work / file.name).write_bytes(file.read_bytes())
                 bar.leave = True  # after a failure it goes: an error is one line
     except UserError:

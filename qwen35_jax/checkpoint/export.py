@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -19,15 +18,15 @@ from jax.experimental import multihost_utils
 
 from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_vision
 from qwen35_jax.checkpoint.names import VISION, Path, tensor_parts
-from qwen35_jax.checkpoint.safetensors_file import is_local, make_header, write_safetensors
-from qwen35_jax.checkpoint.source import INDEX, SINGLE, TensorSource, check_directory, text_files
+from qwen35_jax.checkpoint.safetensors_file import is_local
+from qwen35_jax.checkpoint.shards import Spec, shards_of, write_shards
+from qwen35_jax.checkpoint.source import TensorSource, check_directory, text_files
 from qwen35_jax.checkpoint.staging import staging
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import to_host
 
 FLOAT32 = (".A_log", ".linear_attn.norm.weight")  # as published; everything else is of the export's dtype
-SHARD_BYTES = 5_000_000_000
 PIECE_BYTES = 256 << 20  # what is gathered from the devices at once
 NOT_COPIED = ("config.json", "README.md")  # the first is written here, the second describes another model
 
@@ -95,9 +94,6 @@ def export_hf(
     multihost_utils.sync_global_devices("export_hf")
 
 
-Spec = tuple[np.dtype, tuple[int, ...]]
-
-
 class _Export:
     """The tensors of one export and the files that they go to. `vision`: where the vision tower is copied from, or None."""
 
@@ -111,7 +107,7 @@ class _Export:
             if name.startswith(VISION):
                 self.tensors[name] = (spec.dtype, spec.shape)
         self._check()
-        self.shards = _shards(self.tensors)
+        self.shards = shards_of(self.tensors)
 
     def _check(self) -> None:
         for path, view in (part for parts in self.parts.values() for part in parts):
@@ -122,15 +118,7 @@ class _Export:
 
     def write(self, work: epath.Path) -> None:
         """The weights: one file, or shards and their index."""
-        names = [SINGLE] if len(self.shards) == 1 else _shard_names(len(self.shards))
-        for name, shard in zip(names, self.shards, strict=True):
-            header = make_header({tensor: self.tensors[tensor] for tensor in shard}, {"format": "pt"})
-            write_safetensors(work / name, header, self.data(shard))
-        if len(names) > 1:
-            size = sum(_nbytes(spec) for spec in self.tensors.values())
-            weight_map = {tensor: name for name, shard in zip(names, self.shards, strict=True) for tensor in shard}
-            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            (work / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_shards(work, self.tensors, self.shards, self.data)
 
     def data(self, shard: list[str]) -> Iterator[np.ndarray]:
         """The tensors of a file, one after the other."""
@@ -151,27 +139,6 @@ class _Export:
             part = _on_host(*_leaf(self.params, path), order, dtype)
             view.put(tensor.view(bits), part.view(bits).transpose(view.order))
         return tensor
-
-
-def _shards(tensors: dict[str, Spec]) -> list[list[str]]:
-    """Names in order, cut where a file would grow beyond SHARD_BYTES."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in tensors.items():
-        if shards[-1] and size + _nbytes(spec) > SHARD_BYTES:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += _nbytes(spec)
-    return shards
-
-
-def _shard_names(count: int) -> list[str]:
-    return [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
-
-
-def _nbytes(spec: Spec) -> int:
-    return spec[0].itemsize * math.prod(spec[1])
 
 
 def _leaf(params: dict, path: Path) -> tuple[jax.Array, int | None]:

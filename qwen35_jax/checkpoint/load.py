@@ -12,9 +12,9 @@ import numpy as np
 import tqdm
 
 from qwen35_jax.checkpoint.accounting import FP8, check
-from qwen35_jax.checkpoint.assemble import Ranges, aligned_empty, blocks_of, fill
+from qwen35_jax.checkpoint.assemble import aligned_empty, blocks_of, fill
 from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_vision
-from qwen35_jax.checkpoint.names import Path, View, parameter_views, vision_views
+from qwen35_jax.checkpoint.names import Path, Ranges, View, parameter_views, vision_views
 from qwen35_jax.checkpoint.safetensors_file import DTYPE_NAMES
 from qwen35_jax.checkpoint.source import TensorSource
 from qwen35_jax.config import ModelConfig

@@ -24,6 +24,7 @@ MTP = "mtp."
 
 Path = tuple[str | int, ...]
 Groups = tuple[tuple[int, ...], ...]
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +33,8 @@ class View:
 
     `groups` has one tuple for each axis of the tensor (rows already taken): what that axis is split into; () drops an
     axis of size 1. `rows` is (start, stop) of the tensor's axis `rows_axis` (fused experts: the second, gate above up).
-    `fp8`: FP8 checkpoints quantise the tensor.
+    `fp8`: FP8 checkpoints quantise the tensor. `repeats`, where not (): along each axis, entry i of the tensor that is meant here
+    is entry i // repeats of the stored one.
     """
 
     name: str
@@ -42,6 +44,7 @@ class View:
     rows: tuple[int, int]
     fp8: bool = False
     rows_axis: int = 0
+    repeats: tuple[int, ...] = ()
 
     @property
     def split(self) -> tuple[int, ...]:
@@ -62,27 +65,53 @@ class View:
         part[...] = np.asarray(parameter).transpose(np.argsort(self.order)).reshape(part.shape)
 
     def _part(self, tensor: np.ndarray) -> np.ndarray:
+        tensor = self.repeated(tensor, tuple((0, n) for n in self.tensor_shape))
         return tensor[(slice(None),) * self.rows_axis + (slice(*self.rows),)]
 
+    def stored(self, ranges: Ranges) -> Ranges:
+        """What must be read of the stored tensor for a slice (start, stop per axis) of the tensor."""
+        repeats = self.repeats or (1,) * len(ranges)
+        return tuple((start // n, -(-stop // n)) for (start, stop), n in zip(ranges, repeats, strict=True))
+
+    def repeated(self, stored: np.ndarray, ranges: Ranges) -> np.ndarray:
+        """The slice of the tensor, from what `stored` says of the stored one."""
+        for axis, n in enumerate(self.repeats):
+            start, stop = ranges[axis]
+            if n > 1:
+                first = start // n * n
+                index = (slice(None),) * axis + (slice(start - first, stop - first),)
+                stored = np.repeat(stored, n, axis)[index]
+        return stored
+
     def scales(self) -> View:
-        """The same part of the tensor's FP8 scales. UserError where blocks of 128 do not follow the heads."""
-        shape = scale_shape(self.tensor_shape, halves(self.name))
-        lead = len(shape) - 2  # experts have no blocks over their first axis
-        whole_axis = self.rows == (0, self.tensor_shape[self.rows_axis])
-        aligned = whole_axis or halves(self.name) == 2 or all(n % BLOCK == 0 for n in self.rows)
-        for group in self.groups[lead:]:
-            whole = math.prod(group[:-1]) == 1 or halves(self.name) == 2
-            aligned &= whole or not group or group[-1] % BLOCK == 0
-        if not aligned:
-            what = f"its heads are no multiples of the {BLOCK} x {BLOCK} blocks"
+        """The same part of the tensor's FP8 scales. UserError where blocks of 128 do not follow the heads.
+
+        Heads that divide a block share its scale: along them, each scale stands for several entries (`repeats`).
+        """
+        lead = len(self.tensor_shape) - 2  # experts have no blocks over their first axis
+        units = [1] * lead + [self._scale_unit(axis) for axis in (lead, lead + 1)]
+        if 0 in units:
+            what = f"its heads do not follow the {BLOCK} x {BLOCK} blocks"
             raise UserError(f"{self.name} cannot be kept in FP8: {what}; load it dequantised")
-        groups = self.groups[:lead] + tuple(g[:-1] + (blocks(g[-1]),) for g in self.groups[lead:])
+        shape = tuple(-(-n // unit) for n, unit in zip(self.tensor_shape, units, strict=True))
+        groups = tuple(g[:-1] + (-(-g[-1] // unit),) for g, unit in zip(self.groups, units, strict=True))
+        unit = units[self.rows_axis]
+        rows = (self.rows[0] // unit, -(-self.rows[1] // unit))
         if halves(self.name) == 2:  # gate and up have blocks of their own
-            half = blocks(self.rows[1] - self.rows[0])
+            shape, half = scale_shape(self.tensor_shape, 2), blocks(self.rows[1] - self.rows[0])
             rows = (0, half) if self.rows[0] == 0 else (half, 2 * half)
-        else:
-            rows = (0, shape[0]) if lead else (self.rows[0] // BLOCK, blocks(self.rows[1]))
-        return View(scale_name(self.name), shape, groups, self.order, rows, rows_axis=self.rows_axis)
+        repeats = tuple(1 if axis < lead else BLOCK // unit for axis, unit in enumerate(units))
+        repeats = repeats if set(repeats) != {1} else ()
+        return View(scale_name(self.name), shape, groups, self.order, rows, rows_axis=self.rows_axis, repeats=repeats)
+
+    def _scale_unit(self, axis: int) -> int:
+        """How many rows (or columns) an entry of `scales` stands for: a block, a narrower head, or 0 where neither fits."""
+        group, cut = self.groups[axis], self.rows if axis == self.rows_axis else (0, self.tensor_shape[axis])
+        if halves(self.name) == 2 or cut == (0, self.tensor_shape[axis]):
+            cut = (0, 0)
+        if all(n % BLOCK == 0 for n in cut) and (math.prod(group[:-1]) == 1 or group[-1] % BLOCK == 0):
+            return BLOCK
+        return group[-1] if BLOCK % group[-1] == 0 and cut[0] % group[-1] == 0 else 0
 
 
 def blocks(n: int) -> int:

@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwen35_jax.checkpoint import check_export_target, export, export_hf, load_params, open_source, to_hf_config
+from qwen35_jax.checkpoint import check_export_target, export, export_hf, load_params, open_source, shards, to_hf_config
 from qwen35_jax.checkpoint.safetensors_file import DTYPE_NAMES
 from qwen35_jax.checkpoint.staging import LOCK
 from qwen35_jax.config import ASSETS, PRESETS, ModelConfig, RopeConfig
@@ -75,7 +75,7 @@ def test_float32_loses_nothing(tmp_path):
 @pytest.mark.parametrize("moe", [False, True])
 def test_from_a_checkpoint_and_back(tmp_path, monkeypatch, moe):
     """Names, dtypes, bytes, the vision tower and the files beside the weights are those of the source."""
-    monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
     config = hf_config(moe=moe) | {"torch_dtype": "float32", "image_token_id": 7}
     tensors = canonical_tensors(config)
     original = write(tmp_path / "hf", config, tensors)
@@ -148,9 +148,9 @@ def test_the_packaged_files_go_along(tmp_path):
 
 
 def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "SHARD_BYTES", 60_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 60_000)
     model = _model(hf_config(vision=False))
-    params, original, calls = model.init_params(0), export.write_safetensors, []
+    params, original, calls = model.init_params(0), shards.write_safetensors, []
 
     def failing(error):
         def write_safetensors(*args):
@@ -163,12 +163,12 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
 
     cases = {KeyboardInterrupt: KeyboardInterrupt(), UserError: OSError(28, "No space left on device")}
     for expected, error in cases.items():
-        monkeypatch.setattr(export, "write_safetensors", failing(error))
+        monkeypatch.setattr(shards, "write_safetensors", failing(error))
         with pytest.raises(expected) as e:
             export_hf(params, model.config, tmp_path / "out")
         assert not list(tmp_path.iterdir())
     assert str(e.value) == f"could not write {tmp_path / 'out'}: No space left on device"
-    monkeypatch.setattr(export, "write_safetensors", original)
+    monkeypatch.setattr(shards, "write_safetensors", original)
     (tmp_path / "out.partial" / "checkpoint").mkdir(parents=True)  # as after a kill
     (tmp_path / "out.partial" / LOCK).touch()
     (tmp_path / "out.partial" / "checkpoint" / "model-00001-of-00009.safetensors").write_bytes(b"half")

@@ -138,8 +138,10 @@ def test_fp8_is_dequantised_exactly(tmp_path, moe):
 
 @pytest.mark.parametrize("moe", [False, True])
 @pytest.mark.parametrize("mesh", ["1x1", "2x2"])
-def test_fp8_is_kept(tmp_path, moe, mesh):
-    config = hf_config(moe=moe, hidden=160, ffn=256, head_dim=128, linear_head_dim=128)
+@pytest.mark.parametrize("heads", [128, 32])
+def test_fp8_is_kept(tmp_path, moe, mesh, heads):
+    """Heads of a block, and four that share the scale of one, parts that begin within a block included."""
+    config = hf_config(moe=moe, hidden=160, ffn=256, head_dim=heads, linear_head_dim=heads)
     tensors = canonical_tensors(config, fp8=True)
     path = write(tmp_path / "hf", config, per_expert(tensors))
     for stacked in (False, True):
