@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.attention import tpu as attention_tpu
 from qwen35_jax.ops.gated_delta import tpu
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
@@ -65,6 +66,8 @@ def _tpu_forms(config: ModelConfig) -> Forms:
     forms = {}
     if tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu"}
+    if attention_tpu.supports(config.head_dim, config.dtype):
+        forms["attention"] = "pallas_tpu"
     return Forms(**forms)
 
 

@@ -210,9 +210,11 @@ def mesh_of(platform):
 
 def test_choice_of_forms():
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
-    chosen = Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu")
+    chosen = Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu", attention="pallas_tpu")
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
     assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
+    in_float32 = resolve_forms(mesh_of("tpu"), large.replace(dtype="float32"))
+    assert in_float32 == Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu")
     assert resolve_forms(mesh_of("gpu"), large) == Forms()
     with pytest.raises(UserError, match="none for some gpu, only for TPU"):
         resolve_forms(mesh_of("gpu"), large, "pallas")

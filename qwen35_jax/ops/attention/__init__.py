@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.attention import cached, xla
+from qwen35_jax.ops.attention import cached, tpu, xla
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
+
+FORMS = ("xla", "pallas_tpu")
 
 
 def attention(
@@ -28,7 +30,7 @@ def attention(
       q: [B, Tq, N, H]; k, v: [B, Tk, K, H], float.
       q_positions: int32 [B, Tq], the index among the keys of each query, which sees the keys up to it; None: 0, 1, ….
       segment_ids: int32 [B, Tk], of the keys; a query sees the keys of its own position's segment only.
-      implementation: None or "xla".
+      implementation: None (xla), "xla" or "pallas_tpu", which takes no q_positions.
 
     Returns:
       [B, Tq, N, H] in q.dtype. Differentiable in q, k and v.
@@ -36,10 +38,14 @@ def attention(
     Raises:
       UserError: shapes that do not fit together, or an implementation that does not exist.
     """
-    check_implementation("attention", implementation)
+    check_implementation("attention", implementation, FORMS)
     _check_heads("attention", q, k, v)
     (batch, queries), keys = q.shape[:2], k.shape[1]
     check_segment_ids("attention", segment_ids, batch, keys)
+    if implementation == "pallas_tpu":
+        if q_positions is not None:
+            raise UserError("attention: pallas_tpu takes no q_positions; pass implementation='xla'")
+        return tpu.attention(q, k, v, segment_ids)
     if q_positions is None:
         if queries > keys:
             raise UserError(f"attention: {queries} queries on {keys} keys; pass q_positions")
