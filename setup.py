@@ -47,8 +47,9 @@ setup(
         "test": TEST,
         # The comparison with transformers (tests/oracle).
         "oracle": ORACLE,
-        # The TPU and GPU compilers without CUDA's own libraries: enough to compile, not to run (tests/aot).
-        "aot": ["jax[tpu,cuda13-local]"],
+        # The TPU and GPU compilers without CUDA's own libraries: enough to compile, not to run (tests/aot). The disassembler
+        # shows which instructions the GPU kernels became (tests/aot/sass.py).
+        "aot": ["jax[tpu,cuda13-local]", "nvidia-cuda-nvdisasm"],
         "dev": [*TEST, *ORACLE, "pre-commit", "ruff==0.17.6"],
     },
 )
