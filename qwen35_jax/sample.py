@@ -21,6 +21,7 @@ from qwen35_jax import hosts
 from qwen35_jax.config import PRESETS
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
+from qwen35_jax.generate.multimodal import Picture, Prepared, content_with_pictures
 from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.ops.forms import KERNEL_CHOICES
 from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
@@ -40,8 +41,13 @@ REVISION = flags.DEFINE_string("revision", None, "revision of a hub id")
 MODEL = flags.DEFINE_enum("model", None, PRESETS, "preset: tiny is the packaged model, the others are random weights")
 RANDOM = flags.DEFINE_bool("random_weights", False, "random numbers in place of the stored weights")
 PROMPT = flags.DEFINE_multi_string("prompt", [], "what to answer; repeat it for a batch")
+IMAGE = flags.DEFINE_multi_string("image", [], "image file for the prompt, in place of its next <image>, or in front; repeatable")
+VIDEO = flags.DEFINE_multi_string("video", [], "video file or folder of frames, in place of <video>, or in front; repeatable")
+MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "most pixels of an image, and of a video's frame; larger ones shrink")
+FPS = flags.DEFINE_float("fps", None, "frames of a video that are looked at, a second; default: as the checkpoint has it, or 2")
+MAX_FRAMES = flags.DEFINE_integer("max_frames", None, "most frames of a video that are looked at; default: 768")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'one prompt a line, or .jsonl with {"prompt": …} or {"messages": […]}')
-CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit")
+CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit; /image FILE shows one")
 SYSTEM = flags.DEFINE_string("system", None, "system message")
 RAW = flags.DEFINE_bool("raw", False, "prompts are text to continue: no chat template")
 THINK = flags.DEFINE_bool("think", None, "let the model think first, or not; default: as --preset or the chat template has it")
@@ -124,12 +130,32 @@ def _check(arguments: list[str]) -> None:
         (RAW.value and THINK.value is not None, "--raw uses no chat template, so --think and --nothink mean nothing"),
         (CHAT.value and (PROMPT.value or PROMPTS_FILE.value), "--chat reads prompts from the terminal: leave --prompt out"),
         (CHAT.value and (RAW.value or JSON.value), "--chat goes with neither --raw nor --json"),
+        (_pictures() and RAW.value, "--image and --video go into a chat: they do not go with --raw"),
+        (_pictures() and CHAT.value, "--chat takes pictures as they come: type /image FILE or /video FILE"),
+        (
+            _pictures() and PROMPTS_FILE.value,
+            "--image and --video go with --prompt; in a .jsonl file pictures are parts of messages",
+        ),
+        (_pictures() and len(PROMPT.value) > 1, "--image and --video go with one --prompt"),
+        (
+            _vision() and not (_pictures() or CHAT.value or PROMPTS_FILE.value),
+            "--max_pixels, --fps and --max_frames are for pictures: give --image or --video",
+        ),
         (CHAT.value and hosts.COORDINATOR.value, "--chat reads one terminal: it does not go with --coordinator"),
     )
     for wrong, message in exclusive:
         if wrong:
             raise UserError(message)
     SamplingParams(**_sampling(), seed=SEED.value)  # complains now, not when the model is loaded
+
+
+def _pictures() -> list[Picture]:
+    return [Picture("image", path) for path in IMAGE.value] + [Picture("video", path) for path in VIDEO.value]
+
+
+def _vision() -> dict:
+    values = {"max_pixels": MAX_PIXELS.value, "fps": FPS.value, "max_frames": MAX_FRAMES.value}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _sampling() -> dict:
@@ -165,23 +191,27 @@ def _prompts() -> list[tuple[str, str | list]]:
                 raise UserError(f"{where} has messages, but --raw takes text")
         return placed
     system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
-    return [(where, system + ([{"role": "user", "content": p}] if isinstance(p, str) else p)) for where, p in placed]
+    return [(where, system + (_message(p) if isinstance(p, str) else p)) for where, p in placed]
 
 
-def _encode(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[list[int]]:
-    """Token ids; UserError names the place of a prompt that cannot be used."""
-    ids = []
+def _message(text: str) -> list[dict]:
+    return [{"role": "user", "content": content_with_pictures(text, _pictures())}]
+
+
+def _prepare(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[Prepared]:
+    """Token ids and patches; UserError names the place of a prompt that cannot be used."""
+    ready = []
     for where, prompt in prompts:
         try:
-            ids.append(lm.encode(prompt, enable_thinking=THINK.value, preset=PRESET.value))
+            ready.append(lm.prepare(prompt, enable_thinking=THINK.value, preset=PRESET.value, **_vision()))
         except UserError as error:
             raise UserError(f"{where}: {error}" if where else str(error)) from error
-    return ids
+    return ready
 
 
 def print_json(lm: LanguageModel, prompts: list, options: dict) -> None:
     """One JSON object a line, in the order of the prompts."""
-    completions = lm.generate(_encode(lm, prompts), **options)
+    completions = lm.generate(_prepare(lm, prompts), **options)
     for (_, prompt), done in zip(prompts, completions, strict=True):
         record = {
             "prompt": prompt,
@@ -200,7 +230,7 @@ def print_streams(lm: LanguageModel, prompts: list, options: dict) -> None:
     waiting = [""] * len(prompts)
     finished = [False] * len(prompts)
     current = -1
-    for piece in _with_start(lm.stream(_encode(lm, prompts), **options)):
+    for piece in _with_start(lm.stream(_prepare(lm, prompts), **options)):
         waiting[piece.index] += piece.text
         finished[piece.index] |= piece.finish_reason is not None
         while current < len(prompts) and (current < 0 or finished[current]):
@@ -220,7 +250,10 @@ def _with_start(pieces: Iterator[Piece]) -> Iterator[Piece]:
 
 
 def _title(prompt) -> str:
-    text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+    text = prompt if isinstance(prompt, str) else prompt[-1].get("content")
+    if isinstance(text, list):
+        text = " ".join(str(part.get("text", f"<{part.get('type')}>")) for part in text)
+    text = str(text)
     return " ".join(text.split())[:60]
 
 
@@ -230,12 +263,13 @@ def _write(text: str) -> None:
 
 
 def chat(lm: LanguageModel, options: dict) -> None:
-    """A conversation. /reset forgets it, /exit or Ctrl-D ends; Ctrl-C stops an answer."""
+    """A conversation. /image and /video show what the next message is about, /reset forgets everything, /exit or Ctrl-D ends;
+    Ctrl-C stops an answer."""
     if lm.tokenizer is None:
         raise UserError("this checkpoint has no tokenizer.json, so it cannot chat")
     system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
-    messages = list(system)
-    print("Type a message; /reset starts over, /exit ends.", file=sys.stderr)
+    messages, pictures = list(system), []
+    print("Type a message; /image FILE or /video FILE shows one, /reset starts over, /exit ends.", file=sys.stderr)
     while True:
         try:
             line = input("> ").strip()
@@ -244,23 +278,47 @@ def chat(lm: LanguageModel, options: dict) -> None:
             return
         if line == "/exit":
             return
+        command, _, argument = line.partition(" ")
         if line == "/reset":
-            messages = list(system)
-        elif line:
-            messages.append({"role": "user", "content": line})
-            answer = ""
+            messages, pictures = list(system), []
+        elif command in ("/image", "/video"):
             try:
-                for piece in lm.stream([messages], **options, enable_thinking=THINK.value):
-                    answer += piece.text
-                    _write(piece.text)
-            except KeyboardInterrupt:
-                pass
+                pictures.append(_shown(lm, command[1:], argument.strip()))
             except UserError as error:
-                messages.pop()
                 print(f"error: {error}", file=sys.stderr)
-                continue
-            _write("\n")
-            messages.append({"role": "assistant", "content": answer})
+        elif line:
+            _answer(lm, messages, line, pictures, options)
+            pictures = []
+
+
+def _shown(lm: LanguageModel, kind: str, path: str) -> Picture:
+    """A picture of a chat, looked at now, so that what is wrong with it is said now."""
+    if not path:
+        raise UserError(f"/{kind} needs a file: /{kind} FILE")
+    lm.prepare([{"role": "user", "content": [{"type": kind, kind: path}]}], **_vision())
+    return Picture(kind, path)
+
+
+def _answer(lm: LanguageModel, messages: list[dict], line: str, pictures: list[Picture], options: dict) -> None:
+    """Adds a message and its answer, which is written as it comes; after an error neither."""
+    answer = ""
+    try:
+        messages.append({"role": "user", "content": content_with_pictures(line, pictures)})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return
+    try:
+        for piece in lm.stream([messages], **options, **_vision(), enable_thinking=THINK.value):
+            answer += piece.text
+            _write(piece.text)
+    except KeyboardInterrupt:
+        pass
+    except UserError as error:
+        messages.pop()
+        print(f"error: {error}", file=sys.stderr)
+        return
+    _write("\n")
+    messages.append({"role": "assistant", "content": answer})
 
 
 def print_stats(stats: dict) -> None:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import steps
+from qwen35_jax.generate.multimodal import Placed, step_arrays
 from qwen35_jax.generate.sampling import SamplingParams, control_arrays
 from qwen35_jax.model import Model
 from qwen35_jax.program import placing
@@ -26,12 +27,13 @@ STREAM_INTERVAL = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt, already token ids, and what to do with it."""
+    """One prompt, already token ids, and what to do with it. placed: its pictures, if it has any."""
 
     tokens: list[int]
     max_new_tokens: int
     sampling: SamplingParams
     end_tokens: tuple[int, ...] = ()
+    placed: Placed | None = None
 
 
 @dataclasses.dataclass
@@ -123,6 +125,8 @@ class Generation:
         longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
         self.capacity = capacity_bucket(max(longest, sum(self.chunks)))
         self.controls = self._controls()
+        # Batches of text alone need not carry rows of the vision tower along.
+        self.vision = any(r.placed for r in requests)
         self.alive = np.arange(self.slots) < len(requests)
         self.seconds_per_token: float | None = None
         self.session: dict | None = None
@@ -148,7 +152,7 @@ class Generation:
     def _start(self) -> None:
         """Begins to compile all that this batch needs, in the order of need."""
         for length in sorted(set(self.chunks)):
-            self.programs.start(steps.make_prefill, *self._shape(steps.make_prefill, self.slots, length))
+            self.programs.start(steps.make_prefill, *self._shape(steps.make_prefill, self.slots, length), **self._options)
         for make in (steps.make_empty, steps.make_first):
             self.programs.start(make, *self._shape(make))
         if (os.cpu_count() or 1) > 2:  # on two cores it would take time from the first token's programs
@@ -164,11 +168,19 @@ class Generation:
     def _program(self, make: Callable, *extra: int) -> Callable:
         return self.programs.get(make, *self._shape(make, *extra))
 
+    @property
+    def _options(self) -> dict[str, bool]:
+        """Of the prefill program."""
+        return {"vision": True} if self.vision else {}
+
+    def _prefill_program(self, length: int) -> Callable:
+        return self.programs.get(steps.make_prefill, *self._shape(steps.make_prefill, self.slots, length), **self._options)
+
     def prefill(self) -> Iterator[tuple[int, list[int]]]:
         """Reads the prompts and yields the first token of each row."""
         self._start()
         for length in sorted(set(self.chunks)):
-            self._program(steps.make_prefill, self.slots, length)
+            self._prefill_program(length)
         empty, first = self._program(steps.make_empty), self._program(steps.make_first)
         self._start_decode()
         begin = time.perf_counter()
@@ -181,8 +193,8 @@ class Generation:
             for i, request in enumerate(self.requests):
                 piece = request.tokens[offset : offset + length]
                 tokens[i, : len(piece)], count[i] = piece, len(piece)
-            prefill = self._program(steps.make_prefill, self.slots, length)
-            self.session = prefill(params, self.session, tokens, count, slot_ids)
+            more = self._visual(offset, length)
+            self.session = self._prefill_program(length)(params, self.session, tokens, count, slot_ids, *more)
             offset += length
         self.session, chosen = first(params, self.session, self.controls, self.alive)
         chosen = to_host(chosen)
@@ -190,6 +202,11 @@ class Generation:
         self.timing.prefill_tokens += sum(len(r.tokens) for r in self.requests)
         self._note_done()
         yield from ((i, [int(chosen[i])]) for i in range(len(self.requests)))
+
+    def _visual(self, start: int, length: int) -> tuple[dict, ...]:
+        """The last argument of a prefill with vision."""
+        placed = [r.placed for r in self.requests]
+        return (step_arrays(placed, self.slots, start, length, self.programs.model.config),) if self.vision else ()
 
     def decode(self, streaming: bool) -> Iterator[tuple[int, list[int]]]:
         """Runs the loop on the device once and yields what each live row said."""

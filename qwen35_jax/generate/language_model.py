@@ -13,6 +13,18 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import steps
 from qwen35_jax.generate.generation import Generation, Programs, Request, Timing, prompt_buckets, slot_bucket
+from qwen35_jax.generate.multimodal import (
+    VISION_OPTIONS,
+    Picture,
+    Prepared,
+    Vision,
+    as_pictures,
+    check_tokens,
+    collect_pictures,
+    expand,
+    place_rows,
+    step_arrays,
+)
 from qwen35_jax.generate.sampling import SamplingParams
 from qwen35_jax.model import Model
 from qwen35_jax.text import (
@@ -23,8 +35,9 @@ from qwen35_jax.text import (
     Tokenizer,
     sampling_preset,
 )
+from qwen35_jax.vision_io import Visual
 
-Prompt = str | Sequence[int] | Sequence[dict[str, Any]]
+Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | Prepared
 PROMPT_FORMS = "a string, a list of token ids (whole numbers) or a list of messages"
 
 
@@ -59,11 +72,13 @@ class LanguageModel:
         template: ChatTemplate | None = None,
         defaults: GenerationConfig | None = None,
         *,
+        vision: Vision | None = None,
         random_weights: bool = False,
         load_seconds: float = 0.0,
     ):
         self.model, self.params, self.tokenizer, self.template = model, params, tokenizer, template
         self.defaults = defaults or GenerationConfig()
+        self.vision = vision
         self.random_weights, self.load_seconds = random_weights, load_seconds
         self.config: ModelConfig = model.config
         self.vocabulary = min(tokenizer.vocab_size, self.config.vocab_size) if tokenizer else self.config.vocab_size
@@ -71,16 +86,39 @@ class LanguageModel:
         self.timing = Timing()
         self.state_bytes = 0
 
-    def logits(self, token_ids, *, segment_ids=None, layers: bool = False):
+    def logits(
+        self, token_ids, *, segment_ids=None, layers: bool = False, images: Sequence = (), videos: Sequence = (), **vision_options
+    ):
         """Next-token logits.
 
         Args:
-            token_ids: int [B, T].
+            token_ids: int [B, T], with the placeholders of all images and videos.
             segment_ids: int [B, T], non-decreasing, 0 = padding at the end: packed documents, each its own. Default: all 1.
             layers: also return the residual stream after the embedding and after each layer.
+            images: what the image placeholders show, in order over all rows: uint8 [H, W, 3], or whatever `read_image` takes.
+            videos: the same of videos: (uint8 [T, H, W, 3], fps of it), or whatever `read_video` takes.
+            vision_options: max_pixels, fps, max_frames; see `stream`.
 
         Returns float32 [B, T, vocab_size] (with `layers`: and [layers + 1, B, T, D]).
         """
+        tokens, segments = self._checked(token_ids, segment_ids)
+        visuals = self._read(as_pictures(images, videos), vision_options)
+        (b, t), shards = tokens.shape, self.model.sharding.batch
+        rows, length = slot_bucket(b, shards), sum(prompt_buckets(t, 4096))
+        pad = ((0, rows - b), (0, length - t))
+        more = ()
+        if visuals:
+            placed = place_rows(tokens, segments, visuals, self.vision.encoder.encode(visuals), self.config)
+            more = (step_arrays(placed, rows, 0, length, self.config),)
+        options = {"layers": layers} | ({"vision": True} if visuals else {})
+        program = self.programs.get(steps.make_logits, rows, length, **options)
+        result = program(self.params, np.pad(tokens, pad), np.pad(segments, pad), *more)
+        if layers:
+            return result[0][:b, :t], result[1][:, :b, :t]
+        return result[:b, :t]
+
+    def _checked(self, token_ids, segment_ids) -> tuple[np.ndarray, np.ndarray]:
+        """Arguments of `logits` as arrays."""
         try:
             tokens = np.asarray(token_ids)
         except ValueError as error:
@@ -96,28 +134,24 @@ class LanguageModel:
         real = np.where(segments > 0, segments, np.iinfo(segments.dtype).max)
         if segments.min() < 0 or (np.diff(real, axis=1) < 0).any():
             raise UserError("segment_ids must not fall along a row; 0 marks the padding at its end")
-        (b, t), shards = tokens.shape, self.model.sharding.batch
-        rows, length = slot_bucket(b, shards), sum(prompt_buckets(t, 4096))
-        pad = ((0, rows - b), (0, length - t))
-        program = self.programs.get(steps.make_logits, rows, length, layers=layers)
-        result = program(self.params, np.pad(tokens, pad), np.pad(segments, pad))
-        if layers:
-            return result[0][:b, :t], result[1][:, :b, :t]
-        return result[:b, :t]
+        return tokens, segments
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **options) -> list[Completion]:
-        """Completions of `prompts`: strings (raw text), lists of token ids, or chats (lists of role/content dicts).
+        """Completions of `prompts`: strings (raw text), lists of token ids, chats (lists of role/content dicts), or what
+        `prepare` made of one.
 
-        Options are those of `stream`.
+        A chat's content may be a list of parts with images and videos among them (see `collect_pictures`). Options are those
+        of `stream`.
         """
         chosen = _as_list(prompts)
         _check_template_options(chosen, options)
-        ids = [self.encode(p, **_template_options(options)) for p in chosen]
-        texts, tokens, reasons = [""] * len(ids), [[] for _ in ids], ["length"] * len(ids)
-        for piece in self._run(ids, streaming=False, **_without_template_options(options)):
+        ready = [self.prepare(p, **_template_options(options)) for p in chosen]
+        texts, tokens, reasons = [""] * len(ready), [[] for _ in ready], ["length"] * len(ready)
+        for piece in self._run(ready, streaming=False, **_without_template_options(options)):
             texts[piece.index] += piece.text
             tokens[piece.index] += piece.token_ids
             reasons[piece.index] = piece.finish_reason or reasons[piece.index]
+        ids = [p.token_ids for p in ready]
         return [Completion(*parts) for parts in zip(ids, tokens, texts, reasons, strict=True)]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], **options) -> Iterator[Piece]:
@@ -126,15 +160,25 @@ class LanguageModel:
         Options: max_new_tokens (fewer where the context ends first); preset (a name of the model card's settings) and
         temperature, top_k, top_p, min_p, presence_penalty, repetition_penalty over the checkpoint's defaults; seed (one, or
         one a prompt); stop (strings); ignore_eos; prefill_chunk (tokens read at once); for chats tools and enable_thinking
-        (default: as the preset has it, or else the template).
+        (default: as the preset has it, or else the template), and for their pictures max_pixels (of an image, and of a
+        video's frame), fps and max_frames (how many frames of a video are looked at).
         """
         chosen = _as_list(prompts)
         _check_template_options(chosen, options)
-        ids = [self.encode(p, **_template_options(options)) for p in chosen]
-        return self._run(ids, streaming=True, **_without_template_options(options))
+        ready = [self.prepare(p, **_template_options(options)) for p in chosen]
+        return self._run(ready, streaming=True, **_without_template_options(options))
 
-    def encode(self, prompt: Prompt, *, enable_thinking: bool | None = None, tools=None, preset: str | None = None) -> list[int]:
-        """Token ids of a prompt: text as it is, ids checked, chats through the chat template (options: see `stream`)."""
+    def encode(self, prompt: Prompt, **options) -> list[int]:
+        """Token ids of a prompt: text as it is, ids checked, chats through the chat template (options: see `prepare`)."""
+        return self.prepare(prompt, **options).token_ids
+
+    def prepare(
+        self, prompt: Prompt, *, enable_thinking: bool | None = None, tools=None, preset: str | None = None, **vision_options
+    ) -> Prepared:
+        """A prompt as token ids and patches, as `generate` and `stream` take it too: what they do first, and where errors in it
+        are found. Options: see `stream`."""
+        if isinstance(prompt, Prepared):
+            return prompt
         if enable_thinking is None and preset is not None:
             enable_thinking = sampling_preset(preset).enable_thinking
         if isinstance(prompt, np.ndarray):
@@ -144,10 +188,16 @@ class LanguageModel:
         if isinstance(prompt, str) or (prompt and isinstance(prompt[0], dict)):
             if self.tokenizer is None:
                 raise UserError("this checkpoint has no tokenizer.json: pass prompts as lists of token ids")
+            prompt, pictures = collect_pictures(prompt)
+            visuals = self._read(pictures, vision_options)
             if not isinstance(prompt, str):
                 prompt = self.template.render(prompt, enable_thinking=enable_thinking, tools=tools)
+            if self.vision is not None:
+                prompt = expand(prompt, visuals)
             ids = self.tokenizer.encode(prompt)
+            check_tokens(ids, visuals, self.config)
         else:
+            visuals = []
             if not all(isinstance(i, int | np.integer) for i in prompt):
                 raise UserError(f"a prompt must be {PROMPT_FORMS}")
             ids = [int(i) for i in prompt]
@@ -158,8 +208,18 @@ class LanguageModel:
             raise UserError(
                 f"a prompt has {len(ids)} tokens, but the context is {self.config.max_position_embeddings} "
                 "(max_position_embeddings) including at least one new token: shorten it"
+                + (", or give fewer or smaller pictures (max_pixels, max_frames)" if visuals else "")
             )
-        return ids
+        return Prepared(ids, tuple(visuals))
+
+    def _read(self, pictures: list[Picture], options: dict) -> list[Visual]:
+        """The pictures, resized and cut. UserError where the model cannot see, and for whatever is wrong with one of them."""
+        unknown = set(options) - set(VISION_OPTIONS)
+        if unknown:
+            raise TypeError(f"unknown options {sorted(unknown)}; for pictures there are {list(VISION_OPTIONS)}")
+        if pictures and self.vision is None:
+            raise UserError("this model has no vision tower: it cannot be given images or videos")
+        return self.vision.read(pictures, **options) if pictures else []
 
     def _check_ids(self, ids: np.ndarray) -> None:
         if ids.min() < 0 or ids.max() >= self.config.vocab_size:
@@ -168,7 +228,7 @@ class LanguageModel:
 
     def _run(
         self,
-        prompts: list[list[int]],
+        prompts: list[Prepared],
         *,
         streaming: bool,
         max_new_tokens: int = 256,
@@ -192,9 +252,10 @@ class LanguageModel:
         settings = self.sampling(preset, **sampling)
         ends = () if ignore_eos else self.defaults.eos_token_ids
         context = self.config.max_position_embeddings
+        placed = [None] * len(prompts) if self.vision is None else self.vision.place(prompts)
         requests = [
-            Request(ids, min(max_new_tokens, context - len(ids)), dataclasses.replace(settings, seed=int(s)), ends)
-            for ids, s in zip(prompts, seeds, strict=True)
+            Request(ids, min(max_new_tokens, context - len(ids)), dataclasses.replace(settings, seed=int(s)), ends, own)
+            for ids, s, own in zip((p.token_ids for p in prompts), seeds, placed, strict=True)
         ]
         generation = Generation(self.programs, requests, prefill_chunk)
         readers = [_RowReader(self.tokenizer, r, StopStrings(stop)) for r in requests]
@@ -236,12 +297,12 @@ class LanguageModel:
         t = self.timing
         return {
             "load_seconds": self.load_seconds,
-            "compile_seconds": self.programs.seconds,
+            "compile_seconds": self.programs.seconds + (self.vision.encoder.compile_seconds if self.vision else 0.0),
             "prefill_seconds": t.prefill_seconds,
             "prefill_tokens": t.prefill_tokens,
             "decode_tokens_per_second": t.decode_tokens / t.decode_seconds if t.decode_seconds else None,
             "forms": dataclasses.asdict(self.model.forms),
-            "weight_bytes_per_device": _bytes_per_device(self.params),
+            "weight_bytes_per_device": _bytes_per_device((self.params, self.vision and self.vision.encoder.params)),
             "state_bytes_per_device": self.state_bytes,
         }
 
@@ -286,22 +347,24 @@ def _as_list(prompts) -> list:
     """The prompts, where one may stand alone."""
     if isinstance(prompts, np.ndarray):
         prompts = prompts.tolist()
-    if not isinstance(prompts, str | list | tuple):
+    if not isinstance(prompts, str | list | tuple | Prepared):
         raise UserError(f"prompts must be {PROMPT_FORMS}, or a list of such; not {type(prompts).__name__}")
+    if isinstance(prompts, Prepared):
+        return [prompts]
     single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer, dict)))
     return [prompts] if single else list(prompts)
 
 
 def _check_template_options(prompts: list, options: dict) -> None:
     chats = any(isinstance(p, list | tuple) and p and isinstance(p[0], dict) for p in prompts)
-    for name in ("enable_thinking", "tools"):
+    for name in ("enable_thinking", "tools", *VISION_OPTIONS):
         if options.get(name) is not None and not chats:
             raise UserError(f"{name} is for chats (lists of messages), and there is none among the prompts")
 
 
 def _template_options(options: dict) -> dict:
-    return {name: options[name] for name in ("enable_thinking", "tools", "preset") if name in options}
+    return {name: options[name] for name in ("enable_thinking", "tools", "preset", *VISION_OPTIONS) if name in options}
 
 
 def _without_template_options(options: dict) -> dict:
-    return {name: value for name, value in options.items() if name not in ("enable_thinking", "tools")}
+    return {name: value for name, value in options.items() if name not in ("enable_thinking", "tools", *VISION_OPTIONS)}

@@ -8,17 +8,28 @@ import time
 import jax
 from etils import epath
 
-from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
+from qwen35_jax.checkpoint import (
+    CanonicalSource,
+    TensorSource,
+    load_params,
+    load_vision_params,
+    open_source,
+    source_has_mtp,
+    source_has_vision,
+)
 from qwen35_jax.compilation import use_compilation_cache
 from qwen35_jax.config import ASSETS, PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate.language_model import LanguageModel
+from qwen35_jax.generate.multimodal import Vision
 from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.generate.steps import MAX_END_TOKENS
-from qwen35_jax.model import Model
+from qwen35_jax.generate.vision import VisionEncoder
+from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
 from qwen35_jax.text import ChatTemplate, GenerationConfig, Tokenizer, read_generation_config
+from qwen35_jax.vision_io import VisionSettings
 
 TINY = ASSETS / "tiny"
 
@@ -84,15 +95,35 @@ def load(
         ChatTemplate.from_directory(directory, thinking_by_default=thinking),
         _generation_config(directory),
     )
-    config, params = _parameters(config, sharding, kernels, None if random_weights else source, seed)
+    stored = None if random_weights else source
+    config, params = _parameters(config, sharding, kernels, stored, seed)
     model = Model(config, sharding, resolve_forms(sharding.mesh, config, kernels))
     return LanguageModel(
         model,
         params,
         *text,
+        vision=_vision(model, stored, directory, seed),
         random_weights=random_weights,
         load_seconds=time.perf_counter() - begin,
     )
+
+
+def _vision(model: Model, source: TensorSource | None, directory: epath.PathLike, seed: int) -> Vision | None:
+    """The tower, whose parameters are read when the first picture comes; None for a model, or a checkpoint, without one."""
+    config = model.config
+    if config.vision is None or config.image_token_id is None or config.video_token_id is None:
+        return None
+    source = source and CanonicalSource(source, config)
+    if source and not source_has_vision(source):
+        return None
+    tower = VisionModel(config, model.sharding, model.forms)
+
+    def parameters() -> dict:
+        if source is None:
+            return tower.init_params(seed)
+        return load_vision_params(source, config, tower.abstract_params(), progress=jax.process_index() == 0)
+
+    return Vision(VisionEncoder(tower, parameters), VisionSettings.from_directory(directory, config.vision))
 
 
 def _generation_config(directory: epath.PathLike) -> GenerationConfig:

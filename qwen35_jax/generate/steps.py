@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.generate.sampling import CONTROL_DTYPES, GENERATED, mark_prompt, mark_seen, sample
-from qwen35_jax.model import Model, abstract_state, put_slots, take_slots
+from qwen35_jax.model import Model, VisionRows, abstract_state, put_slots, take_slots
 from qwen35_jax.ops.segments import segment_positions
 from qwen35_jax.program import Program, abstract_array, make_program
 
@@ -59,23 +59,41 @@ def make_empty(model: Model, slots: int, capacity: int, *, stacked: bool = True)
     return make_program(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), session), (), session, None)
 
 
-def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int, *, stacked: bool = True) -> Program:
+def abstract_visual(model: Model, rows: int, length: int) -> dict:
+    """What a step is told about images and videos in its tokens: their rows, where these go, all tokens' M-RoPE positions, and
+    what added to the index of a later token is its position."""
+    return {
+        "rows": _array(model, "B T D", (rows, length, model.config.hidden_size), model.config.dtype),
+        "mask": _array(model, "B T", (rows, length), jnp.bool_),
+        "positions": _array(model, "X B T", (3, rows, length), jnp.int32),
+        "offset": _array(model, "B", (rows,), jnp.int32),
+    }
+
+
+def make_prefill(
+    model: Model, slots: int, rows: int, length: int, capacity: int, *, stacked: bool = True, vision: bool = False
+) -> Program:
     """(params, session, tokens [B, length], count [B], slot_ids [B]) -> session after the next `count` tokens of each row.
 
     Slot ids count within the device's own share of the slots (S and B are cut alike) and differ from each other; rows with
-    count 0 leave their slot as it is. A prompt longer than `length` comes in several calls.
+    count 0 leave their slot as it is. A prompt longer than `length` comes in several calls, which may cut through an image. With
+    `vision` there is one more argument, see `abstract_visual`.
     """
     session = abstract_session(model, slots, capacity, stacked=stacked)
     sharding = model.sharding
 
-    def prefill(params, session, tokens, count, slot_ids):
+    def prefill(params, session, tokens, count, slot_ids, visual=None):
         state = session["state"]
         start, offset = (take_slots(sharding, state[name], slot_ids) for name in ("length", "rotary_offset"))
         column = jnp.arange(length)[None, :]
         real = column < count[:, None]
-        positions = (start + offset)[:, None] + column
+        positions, seen = (start + offset)[:, None] + column, None
+        if visual is not None:
+            positions, seen = visual["positions"], VisionRows(visual["rows"], visual["mask"])
+            offset = jnp.where(count > 0, visual["offset"], offset)
+            state = state | {"rotary_offset": put_slots(sharding, state["rotary_offset"], slot_ids, offset)}
         inputs = model.inputs(positions, real.astype(jnp.int32), start=start, slots=slot_ids)
-        hidden, state = model.hidden(params, tokens, inputs, state)
+        hidden, state = model.hidden(params, tokens, inputs, state, seen)
         last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
         last = jnp.where((count > 0)[:, None], last, take_slots(sharding, session["hidden"], slot_ids))
         return session | {
@@ -86,7 +104,8 @@ def make_prefill(model: Model, slots: int, rows: int, length: int, capacity: int
 
     tokens = _array(model, "B T", (rows, length), jnp.int32)
     row = _array(model, "B", (rows,), jnp.int32)
-    return make_program(prefill, (model.abstract_params(stacked), session, tokens, row, row), session, 1)
+    visual = (abstract_visual(model, rows, length),) if vision else ()
+    return make_program(prefill, (model.abstract_params(stacked), session, tokens, row, row, *visual), session, 1)
 
 
 def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
@@ -161,15 +180,21 @@ def _choose(model: Model, params: dict, session: dict, hidden: jax.Array, contro
     return session, token
 
 
-def make_logits(model: Model, batch: int, length: int, *, stacked: bool = True, layers: bool = False) -> Program:
+def make_logits(
+    model: Model, batch: int, length: int, *, stacked: bool = True, layers: bool = False, vision: bool = False
+) -> Program:
     """(params, tokens [B, T], segment_ids [B, T]) -> float32 logits [B, T, V]; with `layers` also the residual stream
-    [layers + 1, B, T, D]. Positions count from 0 in each segment."""
+    [layers + 1, B, T, D]. Positions count from 0 in each segment; with `vision` one more argument has them (see
+    `abstract_visual`)."""
 
-    def logits(params, tokens, segment_ids):
-        inputs = model.inputs(segment_positions(segment_ids), segment_ids)
-        hidden, _ = model.hidden(params, tokens, inputs)
+    def logits(params, tokens, segment_ids, visual=None):
+        positions, seen = segment_positions(segment_ids), None
+        if visual is not None:
+            positions, seen = visual["positions"], VisionRows(visual["rows"], visual["mask"])
+        inputs = model.inputs(positions, segment_ids)
+        hidden, _ = model.hidden(params, tokens, inputs, None, seen)
         result = model.logits(params, hidden)
-        return (result, model.layer_outputs(params, tokens, inputs)) if layers else result
+        return (result, model.layer_outputs(params, tokens, inputs, seen)) if layers else result
 
     ids = _array(model, "B T", (batch, length), jnp.int32)
     config = model.config
@@ -177,4 +202,5 @@ def make_logits(model: Model, batch: int, length: int, *, stacked: bool = True, 
     if layers:
         shape = (config.num_hidden_layers + 1, batch, length, config.hidden_size)
         results = results, _array(model, "U B T D", shape, config.dtype)
-    return make_program(logits, (model.abstract_params(stacked), ids, ids), results, None)
+    visual = (abstract_visual(model, batch, length),) if vision else ()
+    return make_program(logits, (model.abstract_params(stacked), ids, ids, *visual), results, None)

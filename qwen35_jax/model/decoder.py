@@ -17,7 +17,7 @@ from flax import nnx
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model import params as P
-from qwen35_jax.model.inputs import Inputs
+from qwen35_jax.model.inputs import Inputs, VisionRows
 from qwen35_jax.model.mtp import MtpLayer
 from qwen35_jax.model.unit import RMSNorm, Unit, apply_units
 from qwen35_jax.model.vision import VisionModel
@@ -113,11 +113,14 @@ class Model:
         cos, sin = rotary_angles(positions, self.config.rope, self.config.rotary_dim)
         return Inputs(cos, sin, segment_ids, start, slots)
 
-    def embed(self, params: dict, tokens: jax.Array) -> jax.Array:
-        """Token ids [B, T] int32 -> [B, T, D]."""
-        return self._merge("embed", params["embed"])(tokens)
+    def embed(self, params: dict, tokens: jax.Array, vision: VisionRows | None = None) -> jax.Array:
+        """Token ids [B, T] int32 -> [B, T, D]; rows of the vision tower take the places of their placeholders."""
+        x = self._merge("embed", params["embed"])(tokens)
+        return x if vision is None else jnp.where(vision.mask[..., None], vision.rows.astype(x.dtype), x)
 
-    def hidden(self, params: dict, tokens: jax.Array, inputs: Inputs, state: dict | None = None) -> tuple[jax.Array, dict | None]:
+    def hidden(
+        self, params: dict, tokens: jax.Array, inputs: Inputs, state: dict | None = None, vision: VisionRows | None = None
+    ) -> tuple[jax.Array, dict | None]:
         """Token ids [B, T] -> (hidden states after the final norm [B, T, D], the decoding state after these tokens)."""
 
         def unit(unit_params, u, carry):
@@ -125,7 +128,7 @@ class Model:
             x, state, _, _ = self._merge("units", unit_params)(x, inputs, state, u)
             return x, state
 
-        x, state = apply_units(unit, params["units"], (self.embed(params, tokens), state))
+        x, state = apply_units(unit, params["units"], (self.embed(params, tokens, vision), state))
         return self._merge("final_norm", params["final_norm"])(x), state
 
     def trained_hidden(self, params: dict, tokens: jax.Array, inputs: Inputs, wrap: Callable[[Callable], Callable]):
@@ -151,9 +154,9 @@ class Model:
         x, load = apply_units(step, params["units"], (self.embed(params, tokens), load))
         return self._merge("final_norm", params["final_norm"])(x), load
 
-    def layer_outputs(self, params: dict, tokens: jax.Array, inputs: Inputs) -> jax.Array:
+    def layer_outputs(self, params: dict, tokens: jax.Array, inputs: Inputs, vision: VisionRows | None = None) -> jax.Array:
         """The residual stream [layers + 1, B, T, D]: after the embedding and after each layer. For finding where numbers part."""
-        x = self.embed(params, tokens)
+        x = self.embed(params, tokens, vision)
         layers, interval = self.config.num_hidden_layers, self.config.full_attention_interval
         outputs = jnp.zeros((layers + 1, *x.shape), x.dtype).at[0].set(x)
 

@@ -42,6 +42,15 @@ class StackedState:
     place: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class VisionRows:
+    """What takes the place of a step's placeholders: rows [B, T, D] of the vision tower, at the tokens of mask [B, T] bool."""
+
+    rows: jax.Array
+    mask: jax.Array
+
+
 # Logical axes of the decoding state: U units, L Gated DeltaNet layers of a unit, S slots, W the three tokens of a window.
 STATE_AXES = {
     "k": "U S K T H",

@@ -1,0 +1,32 @@
+"""A checkpoint that sees, for tests without torch: small random weights, the packaged model's tokenizer, small pictures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from qwen35_jax.config import ASSETS
+from tests.checkpoint.synthetic import canonical_tensors, hf_config, write
+
+# A patch is 4 x 4 pixels and four are one token, so a picture of 16 x 24 pixels is six.
+IMAGE, VIDEO = 4075, 4076  # the packaged tokenizer's placeholders
+SIZES = {"size": {"shortest_edge": 64, "longest_edge": 4096}}
+
+
+def write_checkpoint(directory: Path) -> Path:
+    config = hf_config() | {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    config["text_config"]["vocab_size"] = 4096
+    tensors = {name: (x * np.float32(0.2)).astype(x.dtype) for name, x in canonical_tensors(config).items()}
+    write(directory, config, tensors)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        shutil.copy(ASSETS / "tiny" / name, directory / name)
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+        (directory / name).write_text(json.dumps(SIZES))
+    return directory
+
+
+def picture(height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
