@@ -17,11 +17,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.gated_delta.gates import gates_of, padded
 from qwen35_jax.ops.gated_delta.kept import INVERSE, STATES, UPDATES
 from qwen35_jax.ops.gated_delta.tpu_backward import backward_kernel
 from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK, Tile, forward_kernel
-from qwen35_jax.ops.gated_delta.xla import FLOOR
-from qwen35_jax.ops.segments import segment_index
 
 LANES = 128  # widths are multiples of it
 # Most value heads of a grid step, forward and backward: enough independent products to hide the latency of each. Products
@@ -43,8 +42,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
         raise UserError(f"gated_delta_rule: pallas_tpu needs Hk, Hv in multiples of {LANES}, not {key_width}, {value_width}")
     dtype = jnp.bfloat16 if q.dtype == k.dtype == v.dtype == jnp.bfloat16 else jnp.float32
     whole = Tile(keys, heads // keys, key_width, value_width, normalize_qk)
-    g, beta = (_padded(jnp.swapaxes(x, 1, 2), 2) for x in _gates(g, beta, segment_ids))
-    tokens = (_padded(x.reshape(batch, time, -1).astype(dtype), 1) for x in (q, k, v))
+    g, beta = (padded(jnp.swapaxes(x, 1, 2), 2, CHUNK) for x in gates_of(g, beta, segment_ids))
+    tokens = (padded(x.reshape(batch, time, -1).astype(dtype), 1, CHUNK) for x in (q, k, v))
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
     out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), whole)
@@ -55,21 +54,6 @@ def _tile(whole: Tile, most: int) -> Tile:
     """The largest whole number of key heads that divides all and has at most so many value heads; at least one."""
     fits = [n for n in range(1, whole.keys + 1) if whole.keys % n == 0 and n * whole.group <= most]
     return dataclasses.replace(whole, keys=max(fits, default=1))
-
-
-def _gates(g, beta, segment_ids):
-    """g and beta fp32 [B, T, N], 0 at padding; where a document begins, g cuts what came before."""
-    g, beta = jnp.maximum(g.astype(jnp.float32), FLOOR), beta.astype(jnp.float32)
-    if segment_ids is None:
-        return g, beta
-    real = (segment_ids != 0)[..., None]
-    begins = jnp.diff(segment_index(segment_ids), axis=1, prepend=0)[..., None] > 0
-    return jnp.where(begins, FLOOR, jnp.where(real, g, 0)), jnp.where(real, beta, 0)
-
-
-def _padded(x, axis: int):
-    """Zeros up to a whole number of chunks: with g = beta = 0 they leave the state as it is."""
-    return jnp.pad(x, [(0, -x.shape[axis] % CHUNK if i == axis else 0) for i in range(x.ndim)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
