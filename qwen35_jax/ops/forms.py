@@ -11,7 +11,7 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.attention import tpu as attention_tpu
-from qwen35_jax.ops.gated_delta import tpu
+from qwen35_jax.ops.gated_delta import gpu, tpu
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
 
@@ -72,4 +72,7 @@ def _tpu_forms(config: ModelConfig) -> Forms:
 
 
 def _hopper_forms(config: ModelConfig) -> Forms:
-    return Forms()
+    forms = {}
+    if gpu.supports(config.linear_key_head_dim, config.linear_value_head_dim, config.dtype):
+        forms["gated_delta_rule"] = "pallas_gpu"
+    return Forms(**forms)

@@ -11,13 +11,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta import tpu, tpu_decode, xla
+from qwen35_jax.ops.gated_delta import gpu, tpu, tpu_decode, xla
 from qwen35_jax.ops.gated_delta.kept import KEPT, OUT
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
 __all__ = ["KEPT", "gated_delta_rule", "gated_delta_step"]
 
-RULES = {"xla": xla.gated_delta_rule, "pallas_tpu": tpu.gated_delta_rule}
+RULES = {"xla": xla.gated_delta_rule, "pallas_tpu": tpu.gated_delta_rule, "pallas_gpu": gpu.gated_delta_rule}
 STEPS = {"xla": xla.gated_delta_step, "pallas_tpu": tpu_decode.gated_delta_step}
 
 
@@ -41,15 +41,15 @@ def gated_delta_rule(
       segment_ids: int32 [B, T], non-decreasing over the real tokens; 0 marks padding, which leaves the state as it is.
         The state starts from zero where the id changes.
       normalize_qk: divide q and k by their length (x * rsqrt(sum x^2 + 1e-6)) first.
-      implementation: None (xla), "xla" or "pallas_tpu".
+      implementation: None (xla), "xla", "pallas_tpu" or "pallas_gpu" (Hopper, JAX 0.11 or newer; bf16 q, k and v).
 
     Returns:
       out [B, T, N, Hv] in v.dtype and final_state [B, N, Hk, Hv] fp32, that of the last segment. Differentiable in q,
-      k, v, g, beta and initial_state. "xla" computes in fp32 whatever the inputs; "pallas_tpu" rounds the operands of its
-      products to bf16 where q, k and v are bf16, and keeps sums, decays and the state in fp32.
+      k, v, g, beta and initial_state. "xla" computes in fp32 whatever the inputs; the kernels round the operands of their
+      products to bf16 where q, k and v are bf16, and keep sums, decays and the state in fp32.
 
     Raises:
-      UserError: shapes that do not fit together, or an implementation that does not exist.
+      UserError: shapes that do not fit together, or an implementation that does not exist or cannot run them.
     """
     check_implementation("gated_delta_rule", implementation, tuple(RULES))
     _check_shapes("gated_delta_rule", q, k, v, g, beta)

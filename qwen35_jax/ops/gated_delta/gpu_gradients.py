@@ -1,0 +1,188 @@
+"""The gradient of the gated delta rule once the state's is known, as a Pallas kernel for Hopper (Mosaic GPU).
+
+Nothing is carried from chunk to chunk here: every chunk of every value head is a block of its own. In the units of
+`gpu_chunks.py`, with S the state before the chunk, dS the gradient of the state after it and dR = dv:
+
+    dP = d_out u^T;  dL = -tril(dR u^T, -1);  Y = s D w dP;  X = r D w dL
+    dq = s a (d_out S^T) + Y k;  dk = -r a (dR S^T) + b w (u dS^T) + (X + X^T) k + Y^T q
+
+One warpgroup takes the queries, one the keys. The gradient of g is summed over the spans that cross each token, as in
+`tpu_backward.py`; `gate_gradients` finishes it. A loop over the value heads of a key head would save the sum of their dq
+and dk afterwards, but the addresses that the compiler computes ahead of such a loop fill the registers.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qwen35_jax.ops.gated_delta.gpu_chunks import (
+    AFTER,
+    BETA,
+    CHUNK,
+    OUT,
+    READ,
+    TOTAL,
+    WIDTH,
+    WRITE,
+    bf16,
+    decay_between,
+    f32,
+    index,
+    inverse_length,
+    on_columns,
+    on_rows,
+    per_column,
+    per_row,
+    product,
+    strictly_lower,
+    turned,
+)
+
+# Rows of the gates' gradients, a pair where queries and keys have parts that are added: spans between tokens, w times 1 / r,
+# the decay from the chunk's start; then u.(k dS) r, and sums over rows of S * dS.
+SPANS, WEIGHTS, BEFORE, WRITTEN, CROSSED, ROWS = 0, 2, 4, 6, 7, 8
+QUERIES, KEYS = range(2)  # the two warpgroups, and their parts of what comes in pairs
+
+
+class _Block:
+    """The references of one block by name, and what both warpgroups do."""
+
+    def __init__(self, normalize: bool, group: int, refs):
+        (self.q_ref, self.k_ref, self.gates_ref, self.scalars_ref, self.updates_ref, self.d_out_ref, self.dv_ref,
+         self.states_ref, self.d_states_ref, self.dq_ref, self.dk_ref, self.rows_ref,
+         self.tokens, self.gates, self.scalars, self.updates, self.rights, self.state, self.d_state,
+         self.squares, self.earlier, self.lengths, self.rows, self.loaded, self.together) = refs  # fmt: skip
+        self.normalize = normalize
+        n, m, b = (lax.axis_index(name) for name in ("head", "chunk", "batch"))
+        self.chunk, self.values = (b, m, n), (b, pl.ds(m * CHUNK, CHUNK), n)
+        self.keys = b, pl.ds(m * CHUNK, CHUNK), lax.div(n, jnp.int32(group))
+
+    def load(self) -> None:
+        for source, buffer in (
+            (self.q_ref.at[self.keys], self.tokens.at[QUERIES]),
+            (self.k_ref.at[self.keys], self.tokens.at[KEYS]),
+            (self.gates_ref.at[self.chunk], self.gates),
+            (self.d_out_ref.at[self.values], self.rights.at[QUERIES]),
+            (self.dv_ref.at[self.values], self.rights.at[KEYS]),
+            (self.updates_ref.at[self.chunk], self.updates),
+            (self.states_ref.at[self.chunk], self.state),
+            (self.d_states_ref.at[self.chunk], self.d_state),
+            (self.scalars_ref.at[self.chunk], self.scalars),
+        ):
+            plgpu.copy_gmem_to_smem(source, buffer, self.loaded)
+
+    def meet(self) -> None:
+        plgpu.barrier_arrive(self.together)
+        plgpu.barrier_wait(self.together)
+
+    def through_scores(self, part: int, factor: jax.Array) -> None:
+        """Leaves Y of queries, X of keys in their square; writes the rows of spans and of weights. factor: s, or -r."""
+        d_scores = product((self.rights.at[part], self.updates)) * per_row(factor) * decay_between(self.gates)
+        if part == KEYS:
+            d_scores = strictly_lower(d_scores)
+        both = d_scores * product((self.tokens.at[part], turned(self.tokens.at[KEYS])))
+        lengths = on_columns(self.lengths)
+        weights = per_column(lengths * on_columns(self.gates.at[BETA]))
+        self.rows[WEIGHTS + part] = jnp.sum(both, axis=0) * lengths
+        self.squares[part] = (d_scores * weights).astype(bf16)
+        crossing = product(((both * weights).astype(bf16), self.earlier))
+        self.rows[SPANS + part] = jnp.sum(jnp.where(index(0) >= index(1), crossing, 0.0), axis=0)
+
+    def through_state(self, part: int, factor: jax.Array) -> jax.Array:
+        """The part of dq or dk that passes the state before the chunk; factor: s a, or -r a. Writes the row of its decay."""
+        d_tokens = product((self.rights.at[part], self.state)) * per_row(factor, WIDTH)
+        self.rows[BEFORE + part] = jnp.sum(d_tokens * self.read_tokens(part), axis=1)
+        return d_tokens
+
+    def read_tokens(self, part: int) -> jax.Array:
+        return plgpu.load(self.tokens.at[part], layout=plgpu.Layout.WGMMA).astype(f32)
+
+    def write(self, part: int, dx: jax.Array, length: jax.Array, ref) -> None:
+        """What of dx is not along x, where the length of x does not count, to the head's rows of ref."""
+        if self.normalize:
+            x = self.read_tokens(part)
+            dx -= per_row(length * length * jnp.sum(x * dx, axis=1), WIDTH) * x
+        self.rights[part] = dx.astype(bf16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.rights.at[part], ref.at[self.values])
+
+
+def gradient_kernel(normalize: bool, group: int, *refs):
+    """Grid (value head, chunk, batch). q, k [B, T, K, Hk]; gates [B, M, N, 6, C] and scalars of `chunk_kernel`; updates
+    [B, M, N, Hv, C]; d_out, dv [B, T, N, Hv]; states and d_states [B, M, N, Hv, Hk] -> dq and dk of each value head
+    [B, T, N, Hk] and the rows [B, M, N, ROWS, C] fp32."""
+    block = _Block(normalize, group, refs)
+    part = lax.axis_index("part")
+    pl.when(part == QUERIES)(lambda: _queries(block))
+    pl.when(part == KEYS)(lambda: _keys(block))
+
+
+def _queries(block: _Block) -> None:
+    block.load()
+    block.earlier[...] = jnp.where(index(0) < index(1), 1.0, 0.0).astype(bf16)
+    plgpu.barrier_wait(block.loaded)
+    length = inverse_length(block.tokens.at[QUERIES], block.normalize)
+    plgpu.commit_smem()
+    block.meet()  # the lengths of keys, and `earlier`
+    block.through_scores(QUERIES, length * WIDTH**-0.5)
+    plgpu.commit_smem()
+    block.rows[CROSSED] = _crossed(block)
+    dq = block.through_state(QUERIES, on_rows(block.scalars.at[OUT]))
+    block.meet()  # the rows, and Y
+    dq += product((block.squares.at[QUERIES], block.tokens.at[KEYS]))
+    block.write(QUERIES, dq, length, block.dq_ref)
+    plgpu.copy_smem_to_gmem(block.rows, block.rows_ref.at[block.chunk])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _crossed(block: _Block) -> jax.Array:
+    """S * dS summed to 64 numbers; their sum is what counts."""
+    total = None
+    for half in range(WIDTH // CHUNK):
+        rows = pl.ds(half * CHUNK, CHUNK)
+        x, y = (plgpu.load(ref.at[rows], layout=plgpu.Layout.WGMMA) for ref in (block.state, block.d_state))
+        sums = jnp.sum(x.astype(f32) * y.astype(f32), axis=1)
+        total = sums if total is None else total + sums
+    return total
+
+
+def _keys(block: _Block) -> None:
+    plgpu.barrier_wait(block.loaded)
+    length = inverse_length(block.tokens.at[KEYS], block.normalize)
+    block.lengths[...] = length
+    block.meet()
+    block.through_scores(KEYS, -length)
+    written = product((turned(block.updates), block.d_state))
+    block.rows[WRITTEN] = length * jnp.sum(written * block.read_tokens(KEYS), axis=1)
+    dk = per_row(on_rows(block.scalars.at[WRITE]), WIDTH) * written
+    dk += block.through_state(KEYS, -on_rows(block.scalars.at[READ]))
+    plgpu.commit_smem()
+    block.meet()
+    lower, mixing = block.squares.at[KEYS], block.squares.at[QUERIES]
+    keys, queries = block.tokens.at[KEYS], block.tokens.at[QUERIES]
+    dk += product((lower, keys), (turned(lower), keys), (turned(mixing), queries))
+    block.write(KEYS, dk, length, block.dk_ref)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def gate_gradients(rows: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Gradients of g and beta [B, M, N, C] from the kernel's rows [B, M, N, ROWS, C] and the gates [B, M, N, 6, C].
+
+    Token t's decay is in every span that crosses t: in those from the chunk's start to t or later, and in those to its end
+    from before t.
+    """
+
+    def pair(which: int):
+        return rows[..., which, :] + rows[..., which + 1, :]
+
+    written = gates[..., AFTER, :] * rows[..., WRITTEN, :]
+    d_beta = pair(WEIGHTS) + written
+    d_after = gates[..., BETA, :] * written
+    from_here = lax.cumsum(pair(BEFORE), axis=3, reverse=True)
+    earlier = jnp.cumsum(d_after, axis=-1) - d_after
+    crossed = gates[..., TOTAL, :] * jnp.sum(rows[..., CROSSED, :], axis=-1, keepdims=True)
+    return pair(SPANS) + from_here + earlier + crossed, d_beta

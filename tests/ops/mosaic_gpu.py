@@ -1,0 +1,42 @@
+"""Interpreting Mosaic GPU kernels on the CPU, matrix products with their left operand in registers included."""
+
+from __future__ import annotations
+
+import contextlib
+from unittest import mock
+
+import jax
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def _wgmma(*, token, thread, mesh_location, acc_allocation_key_as_array, acc_transforms, a_allocation_key_as_array, a_transforms,
+           b_allocation_key_as_array, b_transforms, source_info, **_):  # fmt: skip
+    """As the interpreter's own, which takes operands in shared memory alone: what is no key to a buffer is the operand."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as interpreter
+
+    where = interpreter.memory.GPULoggingInfo(mesh_location, thread, source_info)
+    shared = interpreter._get_shared_memory()
+
+    def read(key, transforms):
+        if np.ndim(key) != 1:
+            return None, None, np.asarray(key)
+        key = interpreter.HostAllocationKey.from_array(key)
+        place = shared.access(key, jax.tree.map(int, interpreter._remove_noop_transforms(transforms)))
+        return key, place, shared.get_buffer_content(key, place, thread, logging_info=where)[0]
+
+    key, place, acc = read(acc_allocation_key_as_array, acc_transforms)
+    a, b = read(a_allocation_key_as_array, a_transforms)[2], read(b_allocation_key_as_array, b_transforms)[2]
+    result = acc + np.matmul(a.astype(np.float32), b.astype(np.float32))
+    shared.store_buffer_content(key, place, result, thread, logging_info=where)
+    return token
+
+
+@contextlib.contextmanager
+def interpreted(**options):
+    """Under it, GPU kernels run interpreted, with the options of `plgpu.InterpretGPUParams`."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as interpreter
+
+    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
+        with mock.patch.object(interpreter, "wgmma", interpreter.fail_on_exception(_wgmma)):
+            yield
