@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -85,26 +87,57 @@ CONFIG = """
 from tests.train.conftest import small_config
 
 def get_config():
-    return small_config(data__train=({chats!r},), steps=3, mesh="2x1", loss__mtp=0.0)
+    return small_config(data__train=({chats!r},), steps=3, mesh="2x1", loss__mtp=0.0, log_every=1)
 """
 
 
-@pytest.mark.slow
-def test_two_hosts_train_as_one_does(tmp_path):
-    """To the bit, data and checkpoint included."""
-    chats, config = tmp_path / "chats.jsonl", tmp_path / "config.py"
+@pytest.fixture
+def config(tmp_path):
+    """A small run on 40 chats."""
+    chats, path = tmp_path / "chats.jsonl", tmp_path / "config.py"
     chat = [{"role": "user", "content": "Count."}, {"role": "assistant", "content": "One, two, three."}]
     chats.write_text("".join(json.dumps({"messages": chat[: 2 - i % 2] + chat}) + "\n" for i in range(40)))
-    config.write_text(CONFIG.format(chats=str(chats)))
+    path.write_text(CONFIG.format(chats=str(chats)))
+    return str(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2x1", "1x2"])
+def test_two_hosts_train_as_one_does(config, mesh, tmp_path):
+    """To the bit, data and checkpoint included: whether each host has half of the rows or half of the model."""
     weights = []
     for count in (1, 2):
         work, export = tmp_path / f"work{count}", tmp_path / f"export{count}"
-        arguments = ["--config", str(config), "--workdir", str(work), "--export_hf", str(export)]
+        arguments = ["--config", config, f"--config.mesh={mesh}", "--workdir", str(work), "--export_hf", str(export)]
         done = run("qwen35_jax.train", arguments, count)
         assert [status for status, *_ in done] == [0] * count, done
         assert all(not out for _, out, _ in done[1:]) and "step 3/3" in done[0][1]
         weights.append((export / "model.safetensors").read_bytes())
     assert weights[0] == weights[1]
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_host_stops_both_after_one_step(config, tmp_path):
+    work, port = tmp_path / "work", free_port()
+    arguments = ["--config", config, "--config.steps=100000", "--workdir", str(work)]
+    commands = [[sys.executable, "-W", "ignore", "-m", "qwen35_jax.train", *arguments, *flags_of(port, h)] for h in (0, 1)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | FAST, **streams) for command in commands]
+    try:
+        metrics, deadline = work / "metrics.jsonl", time.monotonic() + 400
+        while not (metrics.exists() and '"step": 3' in metrics.read_text()):
+            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+            time.sleep(0.05)
+        processes[1].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=100)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2, errors
+    last = [error.strip().splitlines()[-1] for error in errors]
+    assert last[0] == last[1] and last[0].startswith("stopped: SIGTERM after step"), errors
+    (saved,) = (path.name for path in (work / "checkpoints").iterdir() if path.name.isdigit())
+    assert f"after step {saved};" in last[0]
 
 
 @pytest.mark.parametrize(

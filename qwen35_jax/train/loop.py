@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ from qwen35_jax.train.config import check_config
 from qwen35_jax.train.data import TrainData, make_data
 from qwen35_jax.train.metrics import MetricsWriter, device_memory, flops_per_token, mfu
 from qwen35_jax.train.run import Run, find_origin, initial_state, make_run
+from qwen35_jax.train.stopping import StopSignal
 
 PROFILED_STEPS = (3, 6)  # from the third step of this process on: the first ones wait for compilation and data
 
@@ -57,18 +57,18 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
     origin = find_origin(config)
     run = make_run(config, origin)
     tokenizer, template = run.tokenizer(), run.template()
-    shares = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    data = make_data(config.data, tokenizer, template, **shares)
-    evaluation = make_data(config.data, tokenizer, template, train=False, **shares) if config.data.eval else None
+    quiet = jax.process_index() > 0
+    data = make_data(config.data, tokenizer, template, quiet=quiet)
+    evaluation = make_data(config.data, tokenizer, template, train=False, quiet=quiet) if config.data.eval else None
     record = {"config": json.loads(config.to_json()), "seed": config.seed}
     saved = config.checkpoint
     with (
         contextlib.closing(data),
         Checkpoints(workdir, **saved, run=record) as checkpoints,
         contextlib.closing(MetricsWriter(workdir)) as writer,
-        _signals() as told,
+        StopSignal(run.model.sharding.mesh) as stop,
     ):
-        loop = _Loop(run, data, evaluation, checkpoints, writer, told)
+        loop = _Loop(run, data, evaluation, checkpoints, writer, stop)
         loop.begin()
         metrics = loop.run_steps(profile_dir)
     if export_dir:
@@ -79,9 +79,9 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
 class _Loop:
     """One run on its way. `state` is the train state after `step` steps."""
 
-    def __init__(self, run: Run, data: TrainData, evaluation: TrainData | None, checkpoints, writer, told: list[int]):
+    def __init__(self, run: Run, data: TrainData, evaluation: TrainData | None, checkpoints, writer, stop: StopSignal):
         self.run, self.config, self.data = run, run.config, data
-        self.checkpoints, self.writer, self.told = checkpoints, writer, told
+        self.checkpoints, self.writer, self.stop = checkpoints, writer, stop
         self.evaluation = evaluation
         self.first_evaluation = evaluation.get_state() if evaluation else None
         self.state: dict[str, Any] = {}
@@ -119,7 +119,7 @@ class _Loop:
         monitor = self._compiled(self.run.monitor_step) if every else None
         meter, previous = _Meter(self.run), None
         with _profiler(profile_dir) as profile:
-            while self.step < last and not self.told:
+            while self.step < last and not self.stop.came():
                 batch = self._next_batch(config.accumulate)
                 if batch is None:
                     break
@@ -150,10 +150,10 @@ class _Loop:
             self._save()
 
     def _finish(self) -> dict[str, float]:
-        if self.told:
+        if number := self.stop.number():
             self._save()
             self.checkpoints.wait()
-            raise Interrupted(self.told[0], self.step)
+            raise Interrupted(number, self.step)
         if self.step < self.config.steps:
             self._say(f"the data ended after {self.config.data.epochs} epochs, at step {self.step}")
             self._save()
@@ -169,12 +169,14 @@ class _Loop:
         return None if batch is None else self._placed(batch, parts)
 
     def _placed(self, batch: dict[str, np.ndarray], parts: int = 1) -> dict[str, jax.Array]:
+        """The batch on the devices: every process has all of it and gives its own devices their rows."""
+
         def put(x: np.ndarray) -> jax.Array:
             axes = "B T" if parts == 1 else "X B T"
             sharding = self.run.model.sharding
             place = jax.sharding.NamedSharding(sharding.mesh, sharding.spec(axes))
             x = x if parts == 1 else x.reshape(parts, -1, x.shape[-1])
-            return jax.make_array_from_process_local_data(place, x)
+            return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
 
         return {name: put(x) for name, x in batch.items()}
 
@@ -269,25 +271,6 @@ def _export(run: Run, state: dict, directory: str) -> None:
         hf_config=origin.hf_config,
         vision_source=origin.source,
     )
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that holds the SIGTERM or SIGINT that came; a second one ends the process at once."""
-    told: list[int] = []
-
-    def note(number, frame):
-        told.append(number)
-        signal.signal(number, before[number])
-        name = signal.Signals(number).name
-        os.write(2, f"{name}: the run saves its state and ends after this step; once more ends it at once\n".encode())
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

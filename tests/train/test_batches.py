@@ -125,16 +125,15 @@ def test_resuming_at_the_end_and_going_on_for_another_epoch(config):
     assert documents_in(batches)
 
 
-def test_resuming_with_other_rows_and_processes(config):
+def test_resuming_with_other_rows(config):
     """The position is one of documents, so what is left comes exactly once whatever the batches are."""
     config.batch_size = 2
     data = make(config)
     seen = documents_in(itertools.islice(data, 3))
     config.batch_size = 6
-    parts = [make(config, process_index=p, process_count=3) for p in range(3)]
-    for part in parts:
-        part.set_state(data.get_state())
-    assert sorted(seen + [n for part in parts for n in documents_in(part)]) == list(range(COUNT))
+    resumed = make(config)
+    resumed.set_state(data.get_state())
+    assert sorted(seen + documents_in(resumed)) == list(range(COUNT))
 
 
 def test_other_data_is_refused(config, tmp_path):
@@ -145,18 +144,6 @@ def test_other_data_is_refused(config, tmp_path):
     write(tmp_path / "a.jsonl", [{"text": "other"}])
     with pytest.raises(UserError, match="lines was 30 and is 21"):
         make(config).set_state(state)
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_out_the_documents(config, count):
-    everything = list(make(config))
-    parts = [list(make(config, process_index=p, process_count=count)) for p in range(count)]
-    assert {len(part) for part in parts} == {len(everything)}  # no process ends before another
-    joined = [{n: np.concatenate([b[n] for b in batches]) for n in batches[0]} for batches in zip(*parts, strict=True)]
-    assert_same(joined, everything)
-    numbers = [documents_in(part) for part in parts]
-    assert sorted(sum(numbers, [])) == list(range(COUNT))
-    assert all(numbers)
 
 
 def test_evaluation_is_one_pass_in_order(config):
@@ -219,6 +206,10 @@ def test_skipping_bad_lines(damaged, caplog):
     named = re.findall(r"bad line skipped: \S+damaged.jsonl:(\d+): ", caplog.text)
     assert named == ["3", "4", "6", "7", "8"] and "(further ones are only counted)" in caplog.text
     assert "'text' must be a string" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        assert documents_in(make(damaged, train=False, quiet=True)) == [0, 1, 2]
+    assert not caplog.text
 
 
 def test_the_count_of_bad_lines_is_part_of_the_position(damaged):
@@ -253,9 +244,7 @@ def test_a_file_that_vanishes_is_an_error_even_if_bad_lines_are_skipped(config, 
         list(data)
 
 
-def test_options_that_do_not_go_together(config):
-    with pytest.raises(UserError, match="must be a multiple of the number of processes"):
-        make(config, process_count=3)
+def test_a_seed_out_of_range(config):
     config.shuffle_seed = -1
     with pytest.raises(UserError, match="shuffle_seed is -1"):
         make(config)

@@ -5,7 +5,6 @@ from collections import defaultdict
 
 import grain
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,10 +32,9 @@ def example_lists(draw):
     return examples
 
 
-def make_stream(examples, rows, length, share=slice(None)):
-    share = slice(0, rows) if share == slice(None) else share
+def make_stream(examples, rows, length):
     stream = grain.MapDataset.source(examples)
-    return TrainData(Lines(examples), stream, (rows, length), share, skip=False, seed=None)
+    return TrainData(Lines(examples), stream, (rows, length), skip=False, seed=None)
 
 
 def segments_of(batch):
@@ -120,11 +118,3 @@ def test_rows_at_their_limits():
     assert not rows.add(np.ones(5, np.int32), np.ones(5, np.float32))
     document = Document(0, filled(9, splittable=True))
     assert not document.place(rows) and document.offset == 4 and rows.full and rows.used == 8
-
-
-@pytest.mark.parametrize("share", [slice(0, 2), slice(2, 4)])
-def test_a_process_gets_its_rows_of_the_same_batch(share):
-    examples = [filled(length) for length in (5, 9, 3, 8, 7, 10)]
-    for whole, part in zip(make_stream(examples, 4, 10), make_stream(examples, 4, 10, share), strict=True):
-        for name in whole:
-            np.testing.assert_array_equal(part[name], whole[name][share])

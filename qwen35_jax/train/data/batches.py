@@ -23,10 +23,11 @@ MAX_SEED = 2**32 - 1
 
 
 class TrainData(Iterator[dict[str, np.ndarray]]):
-    """Batches of this process's rows: `tokens` int32, `segment_ids` int32, `loss_weights` float32, each [B, T].
+    """Batches: `tokens` int32, `segment_ids` int32, `loss_weights` float32, each [B, T].
 
-    All processes pack the same global batches and each keeps its own rows, so that they end at the same step, and a run
-    can be resumed with another number of processes. Where the data ends the last batch is padded with rows of segment 0.
+    All processes pack the same batches, and the mesh says which rows go to the devices of each: they end at the same step,
+    whatever axes of the mesh lie between them, and a run can be resumed with another number of processes. Where the data
+    ends the last batch is padded with rows of segment 0.
 
     Attributes:
         documents: lines drawn so far, bad ones included.
@@ -35,23 +36,29 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
     """
 
     def __init__(
-        self, lines: JsonLines, stream: grain.MapDataset, shape: tuple[int, int], rows: slice, *, skip: bool, seed: int | None
+        self,
+        lines: JsonLines,
+        stream: grain.MapDataset,
+        shape: tuple[int, int],
+        *,
+        skip: bool,
+        seed: int | None,
+        quiet: bool = False,
     ):
         """Use `make_data`.
 
         Args:
             lines: the lines behind the stream.
             stream: draw number -> Example, or UserError for a bad line.
-            shape: (rows of the global batch, their length).
-            rows: which of them are this process's.
+            shape: (rows of a batch, their length).
             skip: whether bad lines are skipped; else the first one is raised.
             seed: of the stream's shuffling, None without.
+            quiet: whether bad lines are counted only, and not named.
         """
         self._lines = lines
         self._stream = stream
         self._shape = shape
-        self._rows = rows
-        self._skip = skip
+        self._skip, self._quiet = skip, quiet
         self._identity = {"lines": len(lines), "bytes": lines.size, "shuffle_seed": seed}
         self.documents = self.bad_lines = self.truncated = 0
         self._unusable = 0  # lines in a row
@@ -72,7 +79,7 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
                 self._waiting.append(document)
         if not rows.used:
             raise StopIteration
-        return rows.batch(self._rows)
+        return rows.batch()
 
     def get_state(self) -> dict[str, Any]:
         """The position behind the last batch, of JSON values; the same in all processes."""
@@ -132,7 +139,7 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         if not self._skip:
             raise UserError(f"{error}; correct the line, or set data.bad_lines to 'skip'") from error
         self.bad_lines += 1
-        if self.bad_lines <= REPORTED and self._rows.start == 0:
+        if self.bad_lines <= REPORTED and not self._quiet:
             more = "" if self.bad_lines < REPORTED else " (further ones are only counted)"
             logging.warning("bad line skipped: %s%s", error, more)
 
@@ -149,23 +156,14 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
             )
 
 
-def make_data(
-    config: Any,
-    tokenizer: Tokenizer,
-    template: ChatTemplate,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    train: bool = True,
-) -> TrainData:
+def make_data(config: Any, tokenizer: Tokenizer, template: ChatTemplate, *, train: bool = True, quiet: bool = False) -> TrainData:
     """The batches of `config` (the `data` part of a run's configuration).
 
     Training data is shuffled anew in each of `config.epochs` epochs (0: without end); evaluation data passes once, in order.
+    `quiet`: bad lines that are skipped are not named, for all processes but one.
     Raises UserError for files that are not there or empty, for settings that do not go together, and for a chat template
     whose assistant turns cannot be found.
     """
-    if config.batch_size % process_count:
-        raise UserError(f"data.batch_size ({config.batch_size}) must be a multiple of the number of processes ({process_count})")
     if not 0 <= config.shuffle_seed <= MAX_SEED:
         raise UserError(f"data.shuffle_seed is {config.shuffle_seed}; it must be from 0 to {MAX_SEED}")
     encoder = ExampleEncoder(tokenizer, template, EncodeOptions(config.loss_on, config.enable_thinking))
@@ -173,14 +171,13 @@ def make_data(
     stream = grain.MapDataset.source(lines)
     if train:
         stream = stream.shuffle(seed=config.shuffle_seed).repeat(config.epochs or None)
-    share = config.batch_size // process_count
     return TrainData(
         lines,
         stream.map(lambda line: _example(line, encoder)),
         (config.batch_size, config.sequence_length),
-        slice(process_index * share, (process_index + 1) * share),
         skip=config.bad_lines == "skip",
         seed=config.shuffle_seed if train else None,
+        quiet=quiet,
     )
 
 

@@ -69,10 +69,6 @@ class Rows:
         self._loss_weights[row, start + 1 : end] = loss_weights[1:]
         return True
 
-    def batch(self, rows: slice) -> dict[str, np.ndarray]:
-        """`tokens` int32, `segment_ids` int32 and `loss_weights` float32 of these rows, each [rows, length]."""
-        return {
-            "tokens": self._tokens[rows],
-            "segment_ids": self._segment_ids[rows],
-            "loss_weights": self._loss_weights[rows],
-        }
+    def batch(self) -> dict[str, np.ndarray]:
+        """`tokens` int32, `segment_ids` int32 and `loss_weights` float32, each [B, length]."""
+        return {"tokens": self._tokens, "segment_ids": self._segment_ids, "loss_weights": self._loss_weights}
