@@ -17,9 +17,8 @@ from qwen35_jax.ops.gated_delta.gates import gates_of, padded
 from qwen35_jax.ops.gated_delta.gpu_chunks import CHUNK, WIDTH, bf16, chunk_kernel, f32, tiled
 from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, gate_gradients, gradient_kernel
 from qwen35_jax.ops.gated_delta.gpu_states import HALF, PARTS, STAGES, forward_kernel, reverse_kernel
+from qwen35_jax.ops.gated_delta.kept import STATES, UPDATES
 from qwen35_jax.ops.gated_delta.xla import GRAIN
-
-RESIDUALS = ("gated_delta_states", "gated_delta_updates")  # names for remat policies
 
 
 def supports(key_width: int, value_width: int, dtype: str) -> bool:
@@ -154,7 +153,7 @@ def _launch(kernel, name: str, operands, outputs, grid: dict, scratch):
 def _rule_fwd(q, k, v, g, beta, initial_state, normalize_qk):
     squares, scalars = _chunks(q, k, _gate_rows(g, beta, q.shape[2]), normalize_qk)
     out, final, *saved = _states(forward_kernel, q, k, v, squares, scalars, initial_state, save=True)
-    saved = [checkpoint_name(x, name) for x, name in zip(saved, RESIDUALS, strict=True)]
+    saved = [checkpoint_name(x, name) for x, name in zip(saved, (STATES, UPDATES), strict=True)]
     return (out, final), (q, k, g, beta, *saved)
 
 
