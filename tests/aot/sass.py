@@ -18,12 +18,13 @@ class Assembly:
     """One kernel: registers a thread, bytes spilled (stores and loads), how often each instruction stands in the code.
 
     Instructions are named without their suffixes: QGMMA multiplies FP8 and HGMMA bfloat16 on the tensor cores. Counts are
-    of the code as it lies, a loop's body once.
+    of the code as it lies, a loop's body once. warnings: of the assembler, such as that products wait for each other.
     """
 
     registers: int
     spilled: int
     instructions: dict[str, int]
+    warnings: tuple[str, ...]
 
 
 def dump_settings(folder: str | Path) -> dict[str, str]:
@@ -55,7 +56,8 @@ def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
         report, code = path.read_text(), next(path.parent.glob(f"{path.stem}.sass*")).read_text()
         spilled = sum(sum(map(int, match)) for match in _SPILLS.findall(report))
         instructions = collections.Counter(_INSTRUCTION.findall(code))
-        found[name].append(Assembly(int(_REGISTERS.search(report)[1]), spilled, dict(instructions)))
+        warnings = tuple(line for line in report.splitlines() if "Performance Loss" in line)
+        found[name].append(Assembly(int(_REGISTERS.search(report)[1]), spilled, dict(instructions), warnings))
     return dict(found)
 
 
