@@ -11,6 +11,7 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.attention import tpu as attention_tpu
+from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.gated_delta import gpu, tpu
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
@@ -68,7 +69,18 @@ def _tpu_forms(config: ModelConfig) -> Forms:
         forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu"}
     if attention_tpu.supports(config.head_dim, config.dtype):
         forms["attention"] = "pallas_tpu"
+    if config.fp8_weights and _whole_blocks(config):
+        forms |= {"fp8_linear": "pallas_tpu", "fp8_grouped_linear": "pallas_tpu"}
     return Forms(**forms)
+
+
+def _whole_blocks(config: ModelConfig) -> bool:
+    """Whether every side of the FP8 weights is whole blocks. (Others are filled up, which copies them at every use.)"""
+    widths = (
+        config.hidden_size, config.head_dim, config.linear_key_head_dim, config.linear_value_head_dim,
+        config.intermediate_size, config.moe_intermediate_size, config.shared_expert_intermediate_size,
+    )  # fmt: skip
+    return all(n % BLOCK == 0 for n in widths)
 
 
 def _hopper_forms(config: ModelConfig) -> Forms:

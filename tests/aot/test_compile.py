@@ -52,7 +52,7 @@ CASES = [
     (Case("h200", "2x4", "397b-a17b", "decode"), 1250, 7100),
     (Case("h100-2", "4x4", "397b-a17b", "decode"), 670, 3750),
     (Case("h100", "1x8", "397b-a17b", "decode", fp8=True), 950, 3450),
-    (Case("tpu7x", "2x4", "397b-a17b", "decode", fp8=True), 17900),
+    (Case("tpu7x", "2x4", "397b-a17b", "decode", fp8=True), 5000, 17900),
     *((Case(*line, "decode", rows=rows, capacity=512), *ceilings) for line, rows, ceilings, _ in README),
 ]
 SLOW = [

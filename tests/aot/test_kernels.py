@@ -8,34 +8,25 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.gated_delta import gated_delta_rule
 from qwen35_jax.ops.gated_delta.tpu import HEADS
 from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK
-from tests.aot.devices import target_devices
-from tests.aot.run import SETTINGS
+from tests.aot import bundles
 
 TIME = 8192
-DUMP = "--xla_jf_dump_to={} --xla_jf_dump_llo_text=true"
 KERNELS = {  # names in the compiler's dumps, and which of HEADS
     "forward": ("gated_delta_forward_kernel", 0),
     "saving": ("jvp_gated_delta_forward_kernel", 0),
     "backward": ("transpose_jvp_gated_delta_backward_kernel", 1),
 }
-_TOTAL = re.compile(r"total scheduled bundles:\s+(\d+)")
 
 # Bundles of the whole kernel per value head and 64 tokens, a twentieth above what was measured with libtpu 0.0.42: forward,
 # forward that saves for the gradient, backward.
@@ -70,40 +61,27 @@ def compile_kernels(target: str, preset: str) -> float:
     """Compiles both passes for one device; seconds."""
     config = ModelConfig.preset(preset)
     keys, heads, width = config.linear_num_key_heads, config.linear_num_value_heads, config.linear_key_head_dim
-    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=target_devices(target)[:1])
-
-    def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, jax.P()))
-
+    mesh, array = bundles.one_device(target)
     q, v = (array(1, TIME, n, width, dtype=jnp.bfloat16) for n in (keys, heads))
     gate, state = array(1, TIME, heads), array(1, heads, width, width)
     inputs, begin = (q, q, v, gate, gate, state), time.perf_counter()
     for function, arguments in ((_rule, inputs), (_gradient, (inputs, (v, state)))):
-        local = jax.shard_map(function, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
-        jax.jit(local).lower(*arguments).compile()
+        bundles.compile_on(mesh, function, arguments)
     return time.perf_counter() - begin
 
 
-def bundles(dump: Path, preset: str) -> dict[str, float]:
-    """Bundles per value head and 64 tokens of each kernel whose schedule the compiler wrote down."""
-    config, found = ModelConfig.preset(preset), {}
-    group = config.linear_num_value_heads // config.linear_num_key_heads
-    for name, (kernel, which) in KERNELS.items():
-        heads = min(HEADS["bfloat16"][which] // group * group, config.linear_num_value_heads)
-        for path in dump.glob(f"*-{kernel}[._]*schedule-analysis_final_bundles.txt"):
-            found[name] = round(int(_TOTAL.search(path.read_text()).group(1)) / (heads * CHUNK / 64))
-    return found
-
-
 def compile_elsewhere(target: str, preset: str) -> dict:
-    """`compile_kernels` in a process of its own: its seconds, and the bundles of each kernel."""
-    with tempfile.TemporaryDirectory() as dump:
-        settings = SETTINGS | {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP.format(dump)}"}
-        command = [sys.executable, "-m", "tests.aot.test_kernels", target, preset]
-        root = Path(__file__).parents[2]
-        done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, timeout=900)
-        assert done.returncode == 0, f"{target} {preset} did not compile:\n{done.stderr[-4000:]}"
-        return {"seconds": json.loads(done.stdout.splitlines()[-1])} | bundles(Path(dump), preset)
+    """The seconds of `compile_kernels`, and the bundles per value head and 64 tokens of each kernel."""
+    config = ModelConfig.preset(preset)
+    group = config.linear_num_value_heads // config.linear_num_key_heads
+    names = {kernel: (name, HEADS["bfloat16"][which]) for name, (kernel, which) in KERNELS.items()}
+    seconds, found = bundles.compile_elsewhere("tests.aot.test_kernels", target, preset, kernels=tuple(names))
+    result = {"seconds": seconds}
+    for kernel, total in found.items():
+        name, most = names[kernel]
+        heads = min(most // group * group, config.linear_num_value_heads)
+        result[name] = round(total / (heads * CHUNK / 64))
+    return result
 
 
 def _cases():

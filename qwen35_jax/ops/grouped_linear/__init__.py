@@ -8,6 +8,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
 from qwen35_jax.ops.grouped_linear.quantized import grouped_linear_quantized
 from qwen35_jax.ops.grouped_linear.reference import grouped_linear_reference
+from qwen35_jax.ops.grouped_linear.tpu import grouped_linear_tpu
 from qwen35_jax.ops.grouped_linear.xla import grouped_linear_xla
 
 __all__ = ["grouped_linear", "grouped_linear_reference"]
@@ -26,13 +27,16 @@ def grouped_linear(
     in x's dtype, float32 accumulation; rows beyond the groups are zero and cost nothing. Differentiable in x, and in w
     where it is an array. Sees one device's shard.
 
-    An `Fp8Activation` [R, in] with an `Fp8Weight` [E, in, out] is a product in FP8, as in `linear`.
+    An `Fp8Activation` [R, in] with an `Fp8Weight` [E, in, out] is a product in FP8, as in `linear`. "pallas_tpu" takes
+    `Fp8Weight`s [E, in, out] alone.
 
     With an `Fp8Operand` the product and both gradients multiply e4m3 operands, as in `linear`; the weight's gradient
     quantises 128 rows of one group at a time.
     """
-    if implementation not in (None, "xla"):
-        raise UserError(f"grouped_linear has no {implementation!r} implementation; choose xla")
+    if implementation not in (None, "xla", "pallas_tpu"):
+        raise UserError(f"grouped_linear has no {implementation!r} implementation; choose xla or pallas_tpu")
+    if implementation == "pallas_tpu":
+        return grouped_linear_tpu(x, w, group_sizes)
     if isinstance(x, Fp8Activation) and isinstance(w, Fp8Weight):
         return grouped_linear_quantized(x, w, group_sizes)
     return grouped_linear_xla(x, w, group_sizes)

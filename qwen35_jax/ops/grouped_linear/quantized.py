@@ -25,14 +25,15 @@ def grouped_linear_quantized(x: Fp8Activation, w: Fp8Weight, group_sizes: jax.Ar
     return _product(x.x, x.values, x.scales, jax.lax.stop_gradient(w), group_sizes)
 
 
-def check_quantized(x: Fp8Activation, w: Fp8Weight, group_sizes: jax.Array) -> None:
+def check_quantized(x: jax.Array | Fp8Activation, w: Fp8Weight, group_sizes: jax.Array) -> None:
     """UserError where the operands are not x [R, in], w [E, in, out] with scales for the same blocks of `in`."""
-    values, weights, scales = x.values.shape, w.values.shape, w.scales.shape
+    values, weights, scales = (x.x if isinstance(x, Fp8Activation) else x).shape, w.values.shape, w.scales.shape
     if len(values) != 2 or len(weights) != 3 or weights[1] != values[1] or group_sizes.shape != weights[:1]:
         shapes = f"x {values}, w {weights} and group_sizes {group_sizes.shape}"
         raise UserError(f"grouped_linear: {shapes} do not fit; in FP8 pass x [R, in], w [E, in, out], group_sizes [E]")
-    if scales != (weights[0], *(-(-n // BLOCK) for n in weights[1:])) or x.scales.shape[1] != scales[1]:
-        have = f"x has scales {x.scales.shape}, w {scales}"
+    x_scales = x.scales.shape if isinstance(x, Fp8Activation) else None
+    if scales != (weights[0], *(-(-n // BLOCK) for n in weights[1:])) or x_scales not in (None, (values[0], scales[1])):
+        have = f"x has scales {x_scales}, w {scales}"
         raise UserError(f"grouped_linear: in FP8 x needs a scale per 1x{BLOCK} and w one per {BLOCK}x{BLOCK}; {have}")
 
 

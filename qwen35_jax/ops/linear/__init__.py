@@ -8,6 +8,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
 from qwen35_jax.ops.linear.quantized import linear_quantized
 from qwen35_jax.ops.linear.reference import linear_reference
+from qwen35_jax.ops.linear.tpu import linear_tpu
 from qwen35_jax.ops.linear.xla import linear_xla
 
 __all__ = ["linear", "linear_reference"]
@@ -35,10 +36,15 @@ def linear(
     of the summed axis, w with one per 128x128; x is saved in 8 bits. The summed axes must be the last of x and the first
     of w; blocks run over them flattened. An `Fp8Activation` (`share_activation`) is x quantised once for several weights.
 
+    "pallas_tpu" takes `Fp8Weight`s alone, whose scales are for blocks of 128 along the last summed axis and the last of the
+    result, and summed axes as above; one shard. Where few rows are multiplied the weight is not even rounded to the dtype of x.
+
     With an array an `Fp8Activation` counts as the x that it was made of.
     """
-    if implementation not in (None, "xla"):
-        raise UserError(f"linear has no {implementation!r} implementation; choose xla")
+    if implementation not in (None, "xla", "pallas_tpu"):
+        raise UserError(f"linear has no {implementation!r} implementation; choose xla or pallas_tpu")
+    if implementation == "pallas_tpu":
+        return linear_tpu(x, w, spec, out_dtype)
     if isinstance(x, Fp8Activation) and isinstance(w, Fp8Weight):
         return linear_quantized(x, w, spec, out_dtype)
     return linear_xla(x, w, spec, out_dtype)

@@ -21,21 +21,20 @@ from qwen35_jax.ops.linear.xla import axes_of, check_operands, einsum
 def linear_quantized(x: Fp8Activation, w: Fp8Weight, spec: str, out_dtype) -> jax.Array:
     """See `qwen35_jax.ops.linear.linear`."""
     check_operands(x.values, w.values, spec)
-    check_summed(x, w, spec)
+    check_summed(x.scales.shape[-1], w, spec)
     return _product(spec, jnp.dtype(out_dtype or x.x.dtype), x.x, x.values, x.scales, jax.lax.stop_gradient(w))
 
 
-def check_summed(x: Fp8Activation, w: Fp8Weight, spec: str) -> int:
-    """The number of summed axes. UserError where they are not the last of x and the first of w, with equal blocks."""
+def check_summed(x_blocks: int | None, w: Fp8Weight, spec: str) -> None:
+    """UserError where the summed axes are not the last of x and the first of w, or x (if in FP8) has other blocks of them."""
     x_axes, w_axes, out = axes_of(spec)
     count = sum(a in x_axes for a in w_axes)
     ins, outs = w_axes[:count], w_axes[count:]
     if not ins or not x_axes.endswith(ins) or out != x_axes[: len(x_axes) - count] + outs:
         raise UserError(f"linear {spec!r}: in FP8 the summed axes must be the last of x and first of w, such as BTNH,NHD->BTD")
-    if x.scales.shape[-1] != w.scales.shape[count - 1]:
-        scales = f"x has {x.scales.shape[-1]} along {ins[-1]}, w {w.scales.shape[count - 1]}"
+    if x_blocks not in (None, w.scales.shape[count - 1]):
+        scales = f"x has {x_blocks} along {ins[-1]}, w {w.scales.shape[count - 1]}"
         raise UserError(f"linear {spec!r}: in FP8 x and w must have scales for the same blocks of {BLOCK}; {scales}")
-    return count
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
