@@ -12,7 +12,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.attention import tpu as attention_tpu
 from qwen35_jax.ops.fp8 import BLOCK
-from qwen35_jax.ops.gated_delta import gpu, tpu
+from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
 
@@ -87,4 +87,6 @@ def _hopper_forms(config: ModelConfig) -> Forms:
     forms = {}
     if gpu.supports(config.linear_key_head_dim, config.linear_value_head_dim, config.dtype):
         forms["gated_delta_rule"] = "pallas_gpu"
+    if gpu_decode.supports(config.linear_key_head_dim, config.linear_value_head_dim):
+        forms["gated_delta_step"] = "pallas_gpu"
     return Forms(**forms)

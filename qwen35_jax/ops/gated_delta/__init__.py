@@ -11,14 +11,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta import gpu, tpu, tpu_decode, xla
+from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu, tpu_decode, xla
 from qwen35_jax.ops.gated_delta.kept import KEPT, OUT
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
 __all__ = ["KEPT", "gated_delta_rule", "gated_delta_step"]
 
 RULES = {"xla": xla.gated_delta_rule, "pallas_tpu": tpu.gated_delta_rule, "pallas_gpu": gpu.gated_delta_rule}
-STEPS = {"xla": xla.gated_delta_step, "pallas_tpu": tpu_decode.gated_delta_step}
+STEPS = {
+    "xla": xla.gated_delta_step,
+    "pallas_tpu": tpu_decode.gated_delta_step,
+    "pallas_gpu": gpu_decode.gated_delta_step,
+}
 
 
 def gated_delta_rule(
@@ -82,7 +86,8 @@ def gated_delta_step(
       state: [S, N, Hk, Hv] fp32. slots: int32 [B], distinct, the slot of each row; None means row i is slot i (B == S).
       active: bool [B, T]; a token that is not active leaves the state as it is. None: all are.
       return_states: also return the state after each token, [B, T, N, Hk, Hv].
-      implementation: None (xla), "xla" or "pallas_tpu", which updates the rows' slots in place where `state` is donated.
+      implementation: None (xla), "xla", "pallas_tpu" or "pallas_gpu"; the kernels update the rows' slots in place where
+        `state` is donated.
 
     Returns:
       (out [B, T, N, Hv] in v.dtype, new state [S, N, Hk, Hv]) and the states when asked for. Computed in fp32.

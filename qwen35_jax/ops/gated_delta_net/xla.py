@@ -11,16 +11,16 @@ from qwen35_jax.ops.gated_delta import gated_delta_step
 WINDOWS = ("conv_q", "conv_k", "conv_v")
 
 
-def gated_delta_net_step(x, w, state, slots, active, return_states):
-    """See `ops.gated_delta_net.gated_delta_net_step`."""
-    rows = state if slots is None else {name: s[slots] for name, s in state.items()}
-    (q, k, v), windows = convolve(x, w, active.astype(jnp.int32), rows)
+def gated_delta_net_step(x, w, state, slots, active, return_states, recurrence="xla"):
+    """See `ops.gated_delta_net.gated_delta_net_step`; recurrence: the implementation of `gated_delta_step`."""
+    rows = {name: state[name] if slots is None else state[name][slots] for name in WINDOWS}
+    (q, k, v), new = convolve(x, w, active.astype(jnp.int32), rows)
     g, beta = gates(x, w)
-    out, recurrent, *states = gated_delta_step(q, k, v, g, beta, rows["recurrent"], active=active, return_states=return_states)
-    new = {**windows, "recurrent": recurrent}
+    options = {"active": active, "return_states": return_states, "implementation": recurrence}
+    out, recurrent, *states = gated_delta_step(q, k, v, g, beta, state["recurrent"], slots, **options)
     if slots is not None:
-        new = {name: s.at[slots].set(new[name]) for name, s in state.items()}
-    return out, new, *states
+        new = {name: state[name].at[slots].set(rows) for name, rows in new.items()}
+    return out, {**new, "recurrent": recurrent}, *states
 
 
 def gates(x: dict, w: dict) -> tuple[jax.Array, jax.Array]:
