@@ -12,11 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from qwen35_jax.config import ASSETS
 from qwen35_jax.text import ChatTemplate, Tokenizer
 from tests.forked import FAST, run_all
+from tests.vision_checkpoint import picture, write_checkpoint
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "moe"
@@ -82,6 +84,42 @@ def test_control_c_ends_in_one_line():
     assert "interrupted" in errors and "Traceback" not in errors
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> Path:
+    """A small random checkpoint with a vision tower, and pictures beside it."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model")
+    for seed in range(2):
+        Image.fromarray(picture(16, 24, seed)).save(directory.parent / f"{seed}.png")
+    return directory
+
+
+def test_images_and_videos(seeing):
+    """Marks say where; a folder of pictures is a video; what is too large shrinks."""
+    folder = seeing.parent
+    pictures = ("--image", str(folder / "0.png"), "--image", str(folder / "1.png"), "--video", str(folder))
+    prompt = ("--prompt", "First <image>, then <image>, then <video>", "--max_pixels", "192")
+    done = run("--checkpoint", str(seeing), *pictures, *prompt, "--max_new_tokens", "3", "--json", "--temperature", "0")
+    assert done.returncode == 0, done.stderr
+    (record,) = [json.loads(line) for line in done.stdout.splitlines()]
+    content = record["prompt"][0]["content"]
+    assert [part["type"] for part in content] == ["text", "image", "text", "image", "text", "video"]
+    # Two images and one temporal patch of two frames, each 8 x 16 pixels: two tokens.
+    pads, triple = "<|image_pad|>", "<|vision_start|><|video_pad|><|vision_end|>"
+    text = ChatTemplate.from_directory(seeing).render(record["prompt"]).replace(pads, 2 * pads)
+    text = text.replace(triple, "<0.0 seconds>" + triple.replace("<|video_pad|>", 2 * "<|video_pad|>"))
+    assert record["prompt_tokens"] == len(Tokenizer.from_directory(seeing).encode(text))
+    assert len(record["token_ids"]) <= 3
+
+
+def test_images_in_a_chat(seeing):
+    """What is wrong with a picture is said when it is shown; the next message is about those that are right."""
+    lines = f"/image {seeing.parent / '0.png'}\n/image /nowhere.png\n/image\nWhat is it?\n/exit\n"
+    done = run("--checkpoint", str(seeing), "--chat", "--max_new_tokens", "2", stdin=lines)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("> ") == 5
+    assert "error: image /nowhere.png: there is no such file" in done.stderr and "error: /image needs a file" in done.stderr
+
+
 WRONG = [
     (["--frobnicate"], "frobnicate"),
     (["--model", "7b"], "0.8b"),
@@ -124,6 +162,13 @@ WRONG = [
     (["--checkpoint", "empty"], "empty is empty: expected config.json"),
     (["--hosts", "2"], "--hosts and --host belong to --coordinator"),
     (["--chat", "--coordinator", "auto"], "it does not go with --coordinator"),
+    (["--image", "a.png", "--random_weights"], "this model has no vision tower"),
+    (["--image", "a.png", "--raw"], "do not go with --raw"),
+    (["--video", "a.mp4", "--chat"], "type /image FILE"),
+    (["--image", "a.png", "--prompts_file", "chat.jsonl"], "pictures are parts of messages"),
+    (["--image", "a.png", "--prompt", "a", "--prompt", "b"], "go with one --prompt"),
+    (["--image", "a.png", "--prompt", "<image> and <image>"], "2 <image> marks for 1 images"),
+    (["--max_pixels", "4096"], "are for pictures"),
 ]
 
 

@@ -61,6 +61,8 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
             raise UserError(f"it ends after {found + 1} of the {len(indices)} frames to be looked at: it is damaged")
     except UserError as error:
         raise UserError(f"video {name}: {error}") from error
+    except OSError as error:
+        raise UserError(f"video {name}: it cannot be read: {_reason(error)}") from error
     return frames, patch_seconds(indices, clip.fps, settings.temporal_patch_size)
 
 

@@ -20,7 +20,8 @@ from ml_collections import ConfigDict
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.generate.steps import make_decode, make_prefill
-from qwen35_jax.model import Model
+from qwen35_jax.generate.vision import make_vision
+from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.program import Program
 from qwen35_jax.sharding import Sharding, make_mesh
@@ -37,10 +38,11 @@ GPU_SETTINGS = {"XLA_FLAGS": "--xla_gpu_enable_cub_radix_sort=false"}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step of one model on one mesh: decode, prefill or train.
+    """One step of one model on one mesh: decode, prefill, train or vision (the tower, on a row of `length` patches a shard).
 
     `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
-    whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products.
+    whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products. `pictures`: a prefill that reads rows of the
+    vision tower.
     """
 
     target: str
@@ -52,6 +54,7 @@ class Case:
     capacity: int = 4096
     layers: int = 0
     fp8: bool = False
+    pictures: bool = False
 
 
 def _config(case: Case) -> ModelConfig:
@@ -65,9 +68,12 @@ def make_program(case: Case) -> Program:
     config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
     model = Model(config, Sharding(mesh), resolve_forms(mesh, config))
+    if case.step == "vision":
+        tower = VisionModel(config, model.sharding, model.forms)
+        return make_vision(tower, model.sharding.size(tower.layout.rows), case.length)
     if case.step == "decode":
         return make_decode(model, case.rows, case.capacity, config.vocab_size)
-    return make_prefill(model, case.rows, case.rows, case.length, case.capacity)
+    return make_prefill(model, case.rows, case.rows, case.length, case.capacity, vision=case.pictures)
 
 
 def _training(case: Case) -> Program:

@@ -136,6 +136,7 @@ BAD = {
     "sizes": ([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 65, 3), np.uint8)], None, "frame 1 is 65 x 64 pixels"),
     "no file": ("/nowhere/a.mp4", None, "there is no such file"),
     "remote": ("https://example.com/a.mp4", None, "remote URLs are not fetched"),
+    "data URL": ("data:video/mp4;base64," + "A" * 5000, None, "video in a data: URL: it cannot be read"),
     "a number": (3, None, "give a file, a folder"),
 }
 
