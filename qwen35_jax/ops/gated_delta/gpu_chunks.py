@@ -30,15 +30,24 @@ def tiled(*shape: int):
     return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
 
 
+def products(*sums) -> list[jax.Array]:
+    """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun before one is awaited.
+
+    x lies in registers or shared memory, y in shared memory.
+    """
+
+    def multiply(*accumulators):
+        for acc, pairs in zip(accumulators, sums, strict=True):
+            for x, y in pairs:
+                plgpu.wgmma(acc, x, y)
+        return [acc[...] for acc in accumulators]
+
+    return pl.run_scoped(multiply, *(plgpu.ACC((s[0][0].shape[0], s[0][1].shape[1]), f32) for s in sums))
+
+
 def product(*pairs) -> jax.Array:
-    """The sum of x @ y over pairs, in float32; x in registers or shared memory, y in shared memory."""
-
-    def multiply(acc):
-        for x, y in pairs:
-            plgpu.wgmma(acc, x, y)
-        return acc[...]
-
-    return pl.run_scoped(multiply, plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), f32))
+    """The sum of x @ y over pairs."""
+    return products(pairs)[0]
 
 
 def turned(ref):

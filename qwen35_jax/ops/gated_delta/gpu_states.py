@@ -32,6 +32,7 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     per_column,
     per_row,
     product,
+    products,
     turned,
 )
 
@@ -143,15 +144,15 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
         low = state.astype(bf16)
         if saved:
             _send(low, state_smem.at[part], saved[0].at[b, m, n, rows])
-        k_read, q_read = product((low, turned(chunk.k))), product((low, turned(chunk.q)))
+        k_read, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))])
         right = load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
         squares = (turned(chunk.square(i)) for i in (INVERSE, LOWER, LOWER_REST))
         update = solve(right, *squares).astype(bf16)
         if saved:
             _send(update, out_smem.at[part], saved[1].at[b, m, n, rows])
         written = (chunk.per_token(WRITE) * update.astype(f32)).astype(bf16)
-        state = chunk.across() * state + product((written, chunk.k))
-        out = chunk.per_token(OUT) * q_read + product((update, turned(chunk.square(MIXING))))
+        gained, mixed = products([(written, chunk.k)], [(update, turned(chunk.square(MIXING)))])
+        state, out = chunk.across() * state + gained, chunk.per_token(OUT) * q_read + mixed
         _send_turned(out.astype(bf16), out_smem.at[part], out_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
         return state
 
@@ -176,7 +177,8 @@ def reverse_kernel(chunks: int, group: int, q_ref, k_ref, d_out_ref, squares_ref
         low = d_state.astype(bf16)
         _send(low, state_smem.at[part], d_states_ref.at[b, m, n, rows])
         d_out = load_turned(chunk.values.at[:, rows])
-        d_update = product((d_out, chunk.square(MIXING))) + chunk.per_token(WRITE) * product((low, turned(chunk.k)))
+        mixed, k_d_state = products([(d_out, chunk.square(MIXING))], [(low, turned(chunk.k))])
+        d_update = mixed + chunk.per_token(WRITE) * k_d_state
         dv = solve(d_update, *(chunk.square(i) for i in (INVERSE, LOWER, LOWER_REST)))
         _send_turned(dv.astype(bf16), dv_smem.at[part], dv_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
         d_k_read = (-chunk.per_token(READ) * dv).astype(bf16)
