@@ -29,8 +29,12 @@ KERNELS = tuple(f"fp8_{op}_{variant}" for op in ("linear", "grouped") for varian
 # what was measured with libtpu 0.0.42.
 CEILINGS = {
     ("v5e", "35b-a3b"): (2829, 2445, 667, 2875, 2544, 734),
+    ("tpu7x", "35b-a3b"): (801, 1456, 321, 869, 1578, 364),
 }
-SLOW: dict[tuple[str, str], tuple[int, ...]] = {}
+SLOW = {
+    ("v6e", "35b-a3b"): (1590, 1476, 691, 1606, 1613, 763),
+    ("v5p", "35b-a3b"): (2861, 2491, 701, 2903, 2575, 761),
+}
 
 
 def shapes(preset: str) -> dict[str, tuple[int, ...]]:
