@@ -13,6 +13,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.attention import tpu as attention_tpu
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu
+from qwen35_jax.ops.hopper import operands
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
 
@@ -45,7 +46,7 @@ def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto") -> For
     if kernels not in KERNEL_CHOICES:
         choices = ", ".join(KERNEL_CHOICES)
         raise UserError(f"kernels {kernels!r}: no such form for {device.device_kind}; choose from {choices}")
-    forms = _kernels_for(device, config)
+    forms = _kernels_for(device, config, mesh.devices.size)
     if kernels == "pallas" and forms is None:
         raise UserError(f"kernels 'pallas': there are none for {device.device_kind}, only for {_WHERE}; use auto or xla")
     return Forms() if kernels == "xla" or forms is None else forms
@@ -54,12 +55,12 @@ def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto") -> For
 _WHERE = "TPU and, with JAX 0.11 or newer, H100 and H200"
 
 
-def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
-    """Our kernels for a device, as far as they support the model; None where the device has none at all."""
+def _kernels_for(device: jax.Device, config: ModelConfig, devices: int) -> Forms | None:
+    """Our kernels for a device, of so many, as far as they support the model; None where the device has none at all."""
     if device.platform == "tpu":
         return _tpu_forms(config)
     if device.platform == "gpu" and HAS_MOSAIC_GPU and device.compute_capability == "9.0":
-        return _hopper_forms(config)
+        return _hopper_forms(config, devices)
     return None
 
 
@@ -69,24 +70,30 @@ def _tpu_forms(config: ModelConfig) -> Forms:
         forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu"}
     if attention_tpu.supports(config.head_dim, config.dtype):
         forms["attention"] = "pallas_tpu"
-    if config.fp8_weights and _whole_blocks(config):
+    if config.fp8_weights and all(n % BLOCK == 0 for n in _fp8_widths(config)):
         forms |= {"fp8_linear": "pallas_tpu", "fp8_grouped_linear": "pallas_tpu"}
     return Forms(**forms)
 
 
-def _whole_blocks(config: ModelConfig) -> bool:
-    """Whether every side of the FP8 weights is whole blocks. (Others are filled up, which copies them at every use.)"""
-    widths = (
-        config.hidden_size, config.head_dim, config.linear_key_head_dim, config.linear_value_head_dim,
-        config.intermediate_size, config.moe_intermediate_size, config.shared_expert_intermediate_size,
-    )  # fmt: skip
-    return all(n % BLOCK == 0 for n in widths)
+def _fp8_widths(config: ModelConfig) -> tuple[int, ...]:
+    """Every side of the weights that are kept in FP8."""
+    if config.num_experts:
+        mlp = config.moe_intermediate_size, config.shared_expert_intermediate_size
+    else:
+        mlp = (config.intermediate_size,)
+    return config.hidden_size, config.head_dim, config.linear_key_head_dim, config.linear_value_head_dim, *mlp
 
 
-def _hopper_forms(config: ModelConfig) -> Forms:
+def _hopper_forms(config: ModelConfig, devices: int) -> Forms:
     forms = {}
     if gpu.supports(config.linear_key_head_dim, config.linear_value_head_dim, config.dtype):
         forms["gated_delta_rule"] = "pallas_gpu"
     if gpu_decode.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms["gated_delta_step"] = "pallas_gpu"
+    if operands.supports(config.dtype):
+        forms["grouped_linear"] = "pallas_gpu"
+        if devices == 1:  # FP8 training: the dense products of a mesh are cut by the compiler, which cannot cut a kernel
+            forms["linear"] = "pallas_gpu"
+        if config.fp8_weights and operands.supports(config.dtype, *_fp8_widths(config)):
+            forms |= {"fp8_linear": "pallas_gpu", "fp8_grouped_linear": "pallas_gpu"}
     return Forms(**forms)

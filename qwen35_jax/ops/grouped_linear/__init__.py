@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
+from qwen35_jax.ops.grouped_linear.gpu import grouped_linear_gpu
 from qwen35_jax.ops.grouped_linear.quantized import grouped_linear_quantized
 from qwen35_jax.ops.grouped_linear.reference import grouped_linear_reference
 from qwen35_jax.ops.grouped_linear.tpu import grouped_linear_tpu
 from qwen35_jax.ops.grouped_linear.xla import grouped_linear_xla
+from qwen35_jax.ops.segments import check_implementation
 
 __all__ = ["grouped_linear", "grouped_linear_reference"]
 
@@ -33,10 +34,11 @@ def grouped_linear(
     With an `Fp8Operand` the product and both gradients multiply e4m3 operands, as in `linear`; the weight's gradient
     quantises 128 rows of one group at a time.
     """
-    if implementation not in (None, "xla", "pallas_tpu"):
-        raise UserError(f"grouped_linear has no {implementation!r} implementation; choose xla or pallas_tpu")
+    check_implementation("grouped_linear", implementation, ("xla", "pallas_tpu", "pallas_gpu"))
     if implementation == "pallas_tpu":
         return grouped_linear_tpu(x, w, group_sizes)
+    if implementation == "pallas_gpu":
+        return grouped_linear_gpu(x, w, group_sizes)
     if isinstance(x, Fp8Activation) and isinstance(w, Fp8Weight):
         return grouped_linear_quantized(x, w, group_sizes)
     return grouped_linear_xla(x, w, group_sizes)

@@ -23,9 +23,10 @@ ROWS = (BLOCK,)
 CPU_ROWS = (8, 32, BLOCK)
 
 
-def grouped_linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, group_sizes: jax.Array, plain) -> jax.Array:
+def grouped_linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, group_sizes: jax.Array, plain, kernels=None) -> jax.Array:
     """See `qwen35_jax.ops.grouped_linear.grouped_linear`; shapes are checked, nothing is empty. `plain(x, w, group_sizes)`
-    is the product of floats: x [R, in], w [E, in, out] -> [R, out]."""
+    is the product of floats: x [R, in], w [E, in, out] -> [R, out]. kernels: what is
+    taken for `rows_times` and `_weight_gradients`: (x, w, side, group_sizes, dtype) and (x, dy, group_sizes, dtype)."""
     shared, x = (x, x.x) if isinstance(x, Fp8Activation) else (None, x)
     rows, groups, outs = x.shape[0], w.value.shape[0], w.value.shape[x.ndim :]
     flat = x.reshape(rows, -1)
@@ -37,12 +38,14 @@ def grouped_linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, group_sizes:
     weight = w.value.reshape(groups, flat.shape[1], math.prod(outs))
     if axis is not None:  # that of the flattened weight which holds the axis
         axis = 1 if axis % w.value.ndim < x.ndim else 2
-    return _product(plain, x.dtype, axis, flat, values, scales, weight, group_sizes).reshape(rows, *outs)
+    return _product(plain, kernels, x.dtype, axis, flat, values, scales, weight, group_sizes).reshape(rows, *outs)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _product(plain, dtype, statistics_axis, x, values, scales, w, group_sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _product(plain, kernels, dtype, statistics_axis, x, values, scales, w, group_sizes):
     """values x scales [R, in] times w [E, in, out] -> [R, out]; x stands there to receive the gradient."""
+    if kernels:
+        return kernels[0]((values, scales), quantize_blocks(w, (1, 2)), 0, group_sizes, dtype)
 
     def cpu(x, w, group_sizes):
         return plain(dequantize_blocks(*x), round_blocks(w, (1, 2)), group_sizes)
@@ -57,8 +60,8 @@ def _product(plain, dtype, statistics_axis, x, values, scales, w, group_sizes):
     return y.astype(dtype)
 
 
-def _product_forward(plain, dtype, statistics_axis, x, values, scales, w, group_sizes):
-    y = _product(plain, dtype, statistics_axis, x, values, scales, w, group_sizes)
+def _product_forward(plain, kernels, dtype, statistics_axis, x, values, scales, w, group_sizes):
+    y = _product(plain, kernels, dtype, statistics_axis, x, values, scales, w, group_sizes)
     statistics = None
     if statistics_axis is not None:
         inside = _inside(x, group_sizes)
@@ -71,7 +74,7 @@ def _product_forward(plain, dtype, statistics_axis, x, values, scales, w, group_
     return y, (values, scales, w, group_sizes, statistics)
 
 
-def _product_backward(plain, dtype, statistics_axis, residuals, dy):
+def _product_backward(plain, kernels, dtype, statistics_axis, residuals, dy):
     values, scales, w, group_sizes, statistics = residuals
     x, dy = (values, scales), dy.astype(dtype)
 
@@ -88,7 +91,14 @@ def _product_backward(plain, dtype, statistics_axis, residuals, dy):
         dx = ragged_blocks(quantize_blocks(dy, (1,)), turned, group_sizes)
         return dx, _weight_gradients(quantize_blocks, block_dot, ROWS, x, dy, group_sizes)
 
-    dx, dw = jax.lax.platform_dependent(x, w, dy, group_sizes, cpu=cpu, tpu=tpu, default=loop)
+    def kernel(x, w, dy, group_sizes):
+        dx = kernels[0](quantize_blocks(dy, (1,)), quantize_blocks(w, (1, 2)), 1, group_sizes, dtype)
+        return dx, kernels[1](x, dy, group_sizes, w.dtype)
+
+    if kernels:
+        dx, dw = kernel(x, w, dy, group_sizes)
+    else:
+        dx, dw = jax.lax.platform_dependent(x, w, dy, group_sizes, cpu=cpu, tpu=tpu, default=loop)
     dw = dw.astype(w.dtype)
     if statistics_axis is not None:
         dy = jnp.where(_inside(dy, group_sizes), dy, 0)

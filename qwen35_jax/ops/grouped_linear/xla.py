@@ -21,10 +21,9 @@ from qwen35_jax.ops.linear.xla import one_row, weight_array
 def grouped_linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Operand, group_sizes: jax.Array) -> jax.Array:
     """See `qwen35_jax.ops.grouped_linear.grouped_linear`."""
     shared, x = x, x.x if isinstance(x, Fp8Activation) else x
+    check_operands(x, w, group_sizes)
     shape = weight_array(w).shape
     rows, ins, outs = x.shape[0], x.shape[1:], shape[x.ndim :]
-    if shape[1 : x.ndim] != ins or group_sizes.shape != shape[:1]:
-        raise UserError(f"grouped_linear: x {x.shape}, w {shape} and group_sizes {group_sizes.shape} do not fit")
     if 0 in x.shape or 0 in shape:
         return jnp.zeros((rows, *outs), x.dtype)
     if isinstance(w, Fp8Operand):
@@ -33,6 +32,12 @@ def grouped_linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | 
         return _fp8_product(x, w, group_sizes).reshape(rows, *outs)
     w = w.astype(x.dtype).reshape(shape[0], math.prod(ins), math.prod(outs))
     return _product(x.reshape(rows, -1), w, group_sizes).reshape(rows, *outs)
+
+
+def check_operands(x: jax.Array, w: jax.Array | Fp8Weight | Fp8Operand, group_sizes: jax.Array) -> None:
+    shape = weight_array(w).shape
+    if shape[1 : x.ndim] != x.shape[1:] or group_sizes.shape != shape[:1]:
+        raise UserError(f"grouped_linear: x {x.shape}, w {shape} and group_sizes {group_sizes.shape} do not fit")
 
 
 @jax.custom_vjp

@@ -329,7 +329,10 @@ class _Kernel:
         return pl.run_scoped(run, plgpu.ACC(shape.part))
 
     def _open(self, slot, turn, convert):
-        """Writes this warpgroup's part of w in bfloat16; `convert` is given it in float16, which holds every e4m3 number."""
+        """Writes this warpgroup's part of w in bfloat16; `convert` is given it in float16, which holds every e4m3 number.
+
+        A store first waits for all of the warpgroup, so that no warp still multiplies what it overwrites.
+        """
         corner = self.product.shape.corner(lax.axis_index("warpgroup"))[1]
         for column in range(0, self.product.shape.part[1], 64):  # all at once would take too many registers
             w = self.w_ring.at[slot, :, pl.ds(corner + column, 64)]

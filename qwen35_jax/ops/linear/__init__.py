@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight
+from qwen35_jax.ops.linear.gpu import linear_gpu
 from qwen35_jax.ops.linear.quantized import linear_quantized
 from qwen35_jax.ops.linear.reference import linear_reference
 from qwen35_jax.ops.linear.tpu import linear_tpu
 from qwen35_jax.ops.linear.xla import linear_xla
+from qwen35_jax.ops.segments import check_implementation
 
 __all__ = ["linear", "linear_reference"]
 
@@ -41,10 +42,11 @@ def linear(
 
     With an array an `Fp8Activation` counts as the x that it was made of.
     """
-    if implementation not in (None, "xla", "pallas_tpu"):
-        raise UserError(f"linear has no {implementation!r} implementation; choose xla or pallas_tpu")
+    check_implementation("linear", implementation, ("xla", "pallas_tpu", "pallas_gpu"))
     if implementation == "pallas_tpu":
         return linear_tpu(x, w, spec, out_dtype)
+    if implementation == "pallas_gpu":
+        return linear_gpu(x, w, spec, out_dtype)
     if isinstance(x, Fp8Activation) and isinstance(w, Fp8Weight):
         return linear_quantized(x, w, spec, out_dtype)
     return linear_xla(x, w, spec, out_dtype)

@@ -59,8 +59,9 @@ def _layout(x: jax.Array, w: Fp8Operand, spec: str) -> Layout:
     return Layout(tuple(tuple(sizes[a] for a in g) for g in groups), tuple(map(cut, groups)))
 
 
-def linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, spec: str, out_dtype) -> jax.Array:
-    """See `qwen35_jax.ops.linear.linear`; shapes are checked."""
+def linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, spec: str, out_dtype, kernel=None) -> jax.Array:
+    """See `qwen35_jax.ops.linear.linear`; shapes are checked. kernel(dtype, ...), taken for
+    `block_dot`, does what that does, with a result in `dtype`."""
     layout = _layout(x.x if isinstance(x, Fp8Activation) else x, w, spec)
     if isinstance(x, Fp8Activation) and len(layout.shapes[INS]) == layout.cuts[INS] == 1:
         x, values, scales = x.x, x.values, x.scales
@@ -68,14 +69,17 @@ def linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, spec: str, out_dtype
         x = x.x if isinstance(x, Fp8Activation) else x
         values, scales = quantize_blocks(layout.view(jax.lax.stop_gradient(x), TOKENS, INS), (3,))
         values, scales = values.reshape(x.shape), scales.reshape(*layout.shapes[TOKENS], -1)
-    static = layout, jnp.dtype(out_dtype), x.dtype, w.statistics_axis
+    static = kernel, layout, jnp.dtype(out_dtype), x.dtype, w.statistics_axis
     return _product(*static, x, values, scales, w.value)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _product(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _product(kernel, layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
     """The product of values x scales with w; x stands there to receive the gradient."""
     form = functools.partial(_forward, layout)
+    if kernel:
+        y = form(lambda *q: q, quantize_blocks, functools.partial(kernel, out_dtype), (values, scales), w)
+        return layout.flat(y, TOKENS, OUTS)
     y = jax.lax.platform_dependent(
         (values, scales), w,
         cpu=functools.partial(form, dequantize_blocks, round_blocks, float_dot),
@@ -84,21 +88,25 @@ def _product(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
     return layout.flat(y, TOKENS, OUTS).astype(out_dtype)
 
 
-def _product_forward(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
-    y = _product(layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w)
+def _product_forward(kernel, layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w):
+    y = _product(kernel, layout, out_dtype, x_dtype, statistics_axis, x, values, scales, w)
     statistics = None if statistics_axis is None else _statistics(layout, x, values, scales, w, y)
     return y, (values, scales, w, statistics)
 
 
-def _product_backward(layout, out_dtype, x_dtype, statistics_axis, residuals, dy):
+def _product_backward(kernel, layout, out_dtype, x_dtype, statistics_axis, residuals, dy):
     values, scales, w, statistics = residuals
     dy = dy.astype(x_dtype)
     form = functools.partial(_backward, layout)
-    dx, dw = jax.lax.platform_dependent(
-        (values, scales), w, dy,
-        cpu=functools.partial(form, round_blocks, float_dot),
-        default=functools.partial(form, quantize_blocks, block_dot),
-    )  # fmt: skip
+    if kernel:
+        dots = (functools.partial(kernel, dtype) for dtype in (x_dtype, w.dtype))
+        dx, dw = form(quantize_blocks, *dots, (values, scales), w, dy)
+    else:
+        dx, dw = jax.lax.platform_dependent(
+            (values, scales), w, dy,
+            cpu=functools.partial(form, round_blocks, float_dot, float_dot),
+            default=functools.partial(form, quantize_blocks, block_dot, block_dot),
+        )  # fmt: skip
     dx, dw = layout.flat(dx, TOKENS, INS).astype(x_dtype), layout.flat(dw, INS, OUTS).astype(w.dtype)
     if statistics_axis is not None:
         exact = layout.view(dy, TOKENS, OUTS)
@@ -119,11 +127,11 @@ def _forward(layout, opened, quantised, dot, x, w):
     return dot(opened(*_activation(layout, *x)), 1, quantised(layout.view(w, INS, OUTS), (1, 3)), 0)
 
 
-def _backward(layout, quantised, dot, x, w, dy):
+def _backward(layout, quantised, dot_x, dot_w, x, w, dy):
     """The gradients of x and of w: the first sums over results, the second over tokens, and both quantise along them."""
     x, w, dy = _activation(layout, *x), layout.view(w, INS, OUTS), layout.view(dy, TOKENS, OUTS)
-    dx = dot(quantised(dy, (3,)), 1, quantised(w, (1, 3)), 1)
-    return dx, dot(quantised(dequantize_blocks(*x), (1,)), 0, quantised(dy, (1,)), 0)
+    dx = dot_x(quantised(dy, (3,)), 1, quantised(w, (1, 3)), 1)
+    return dx, dot_w(quantised(dequantize_blocks(*x), (1,)), 0, quantised(dy, (1,)), 0)
 
 
 def _statistics(layout, x, values, scales, w, y):
