@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 import huggingface_hub
@@ -184,12 +185,20 @@ def download(repo: str, revision: str | None = None) -> epath.Path:
 
 def check_directory(path: epath.Path, advice: str = "give the directory that holds config.json and the weights") -> bool:
     """Whether the directory exists. UserError where it is a file (with the advice) or its file system cannot be reached."""
-    try:
+    with reachable(path):
         if path.is_dir():
             return True
         if is_local(path) and path.exists():
             raise UserError(f"{path} is a file; {advice}")
         return False
+
+
+@contextlib.contextmanager
+def reachable(path: epath.PathLike) -> Iterator[None]:
+    """UserError where what is inside fails because the file system of the path cannot be reached, or lacks its package."""
+    try:
+        yield
     except (ImportError, OSError, RuntimeError) as e:
         advice = "; install the extra: pip install -e '.[gcs]'" if isinstance(e, ImportError) else ""
-        raise UserError(f"cannot read {path}: {str(e).splitlines()[0][:200]}{advice}") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(f"cannot read {path}: {reason}{advice}") from None

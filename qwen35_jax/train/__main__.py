@@ -40,12 +40,16 @@ def main(arguments: list[str]) -> None:
     """Flags to one call."""
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; see --help")
+    if not flags.FLAGS["config"].present:
+        raise UserError("--config is missing; see --help")
     file = config_flags.get_config_filename(flags.FLAGS["config"])
-    if file and not Path(file.partition(":")[0]).is_file():
+    if not Path(file.partition(":")[0]).is_file():
         raise UserError(f"--config: no such file: {file}")
-    for flag in (CONFIG, WORKDIR):
-        if flag.value is None:
-            raise UserError(f"--{flag.name} is missing; see --help")
+    if WORKDIR.value is None:
+        raise UserError("--workdir is missing; see --help")
+    for flag in (WORKDIR, EXPORT_HF, PROFILE):
+        if flag.value == "":
+            raise UserError(f"--{flag.name} is empty: give a directory")
     logging.set_verbosity(logging.WARNING)
     hosts.join(CONFIG.value.mesh)
     try:

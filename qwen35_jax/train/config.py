@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from qwen35_jax.errors import UserError
+
+MAX_SEED = 2**32 - 1  # JAX and Grain would cut off the bits above
 
 
 def default_config() -> ConfigDict:
@@ -26,7 +30,7 @@ def default_config() -> ConfigDict:
     c.model.source = "tiny"  # a preset's name, a directory or a hub id
     c.model.revision = ""  # of a hub id
     c.model.random_weights = False  # random numbers in place of the stored ones
-    c.model.changes = ConfigDict()  # other values for fields of ModelConfig; needs random_weights
+    c.model.changes = ConfigDict()  # other values for fields of ModelConfig, given in a file; needs random_weights
     c.model.tokenizer = ""  # directory of tokenizer and chat template; default: the source's
 
     c.data = ConfigDict()
@@ -72,7 +76,7 @@ def default_config() -> ConfigDict:
     c.fp8.monitor_every = 0  # steps between records of each layer's quantisation error; 0: never
 
     c.eval_every = 0  # steps; 0: only at the end
-    c.log_every = 10  # steps
+    c.log_every = 10  # steps; and beside every checkpoint
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 500  # steps; there is one at the end too
     c.checkpoint.keep_last = 2  # the newest ones
@@ -102,11 +106,15 @@ def check_config(c: ConfigDict) -> None:
     for field in at_least_one:
         if _get(c, field) < 1:
             raise UserError(f"config.{field} is {_get(c, field)}; it must be at least 1")
-    at_least_zero = ("seed", "data.epochs", "loss.mtp", "loss.z", "lora.rank", "fp8.monitor_every", "eval_every")
+    at_least_zero = ("data.epochs", "loss.mtp", "loss.z", "lora.rank", "fp8.monitor_every", "eval_every")
     at_least_zero += ("checkpoint.keep_best",)
     for field in at_least_zero:
-        if _get(c, field) < 0:
-            raise UserError(f"config.{field} is {_get(c, field)}; it must not be negative")
+        if not 0 <= _get(c, field) < math.inf:
+            raise UserError(f"config.{field} is {_get(c, field)}; it must be a number and not negative")
+    if not 0 <= c.seed <= MAX_SEED:
+        raise UserError(f"config.seed is {c.seed}; it must be from 0 to {MAX_SEED}")
+    if not math.isfinite(c.loss.balance):
+        raise UserError(f"config.loss.balance is {c.loss.balance}; it must be a number (below 0: the model's own coefficient)")
     if c.data.batch_size % c.accumulate:
         raise UserError(f"config.data.batch_size ({c.data.batch_size}) must be a multiple of accumulate ({c.accumulate})")
     if not c.data.train:
@@ -115,8 +123,9 @@ def check_config(c: ConfigDict) -> None:
         raise UserError("config.model.changes makes another model, which has no stored weights: set config.model.random_weights")
     if c.checkpoint.keep_best and not c.data.eval and c.checkpoint.best_metric.startswith("eval/"):
         raise UserError("config.checkpoint.keep_best compares evaluations: name files in config.data.eval")
-    if c.fp8.monitor_every and not c.fp8.enabled:
-        raise UserError("config.fp8.monitor_every records the errors of FP8 layers: set config.fp8.enabled")
+    for field in ("hold", "monitor_every"):
+        if c.fp8[field] and not c.fp8.enabled:
+            raise UserError(f"config.fp8.{field} is about FP8 layers: set config.fp8.enabled")
     if c.lora.rank and (c.freeze or c.fp8.enabled):
         raise UserError("config.lora trains nothing but its own matrices: it goes with neither freeze nor fp8.enabled")
 

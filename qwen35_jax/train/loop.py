@@ -16,6 +16,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from qwen35_jax.checkpoint import check_export_target, export_hf
+from qwen35_jax.checkpoint.source import check_directory
 from qwen35_jax.compilation import use_compilation_cache
 from qwen35_jax.errors import UserError
 from qwen35_jax.train.checkpoints import Checkpoints
@@ -43,16 +44,17 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
         config: see `train.config.default_config`.
         workdir: for checkpoints, metrics.jsonl and TensorBoard; local or gs://.
         export_dir: where the trained model goes as a Hugging Face directory; it must not exist.
-        profile_dir: for a jax.profiler trace of three steps.
+        profile_dir: for a jax.profiler trace of three steps, the fourth to the sixth of this process.
 
     Returns the last metrics. Raises UserError for wrong input, and where too many steps in a row had no finite loss or
     gradient; Interrupted after SIGTERM or SIGINT. In both cases the last checkpoint stands.
     """
     check_config(config)
+    check_directory(epath.Path(workdir), "give a directory for the run")
     if export_dir:
         check_export_target(export_dir)
-    if profile_dir:
-        epath.Path(profile_dir).mkdir(parents=True, exist_ok=True)  # complains now, not after the traced steps
+    if profile_dir and not check_directory(epath.Path(profile_dir), "give a directory for the trace"):
+        epath.Path(profile_dir).mkdir(parents=True)  # complains now, not after the traced steps
     use_compilation_cache()
     origin = find_origin(config)
     run = make_run(config, origin)
@@ -113,6 +115,9 @@ class _Loop:
         if self.step >= last:
             self._say(f"nothing to do: the checkpoint is of step {self.step} of {last}")
             return self.metrics
+        if profile_dir and last - self.step <= PROFILED_STEPS[0]:
+            text = f"--profile traces the steps after the first {PROFILED_STEPS[0]}, but {last - self.step} are left"
+            raise UserError(f"{text}: raise config.steps, or leave it out")
         train_step = self._compiled(self.run.train_step)
         eval_step = self._compiled(self.run.eval_step) if self.evaluation else None
         every = config.fp8.monitor_every
@@ -123,7 +128,7 @@ class _Loop:
                 batch = self._next_batch(config.accumulate)
                 if batch is None:
                     break
-                profile(self.step)
+                profile(self.step, self.state)
                 if monitor and self.step % every == 0:
                     self._record_fp8(monitor, batch)
                 self.state, metrics = train_step(self.state, batch)
@@ -131,16 +136,17 @@ class _Loop:
                 self._check_finite(previous)  # of the step before: its numbers are there already
                 previous = metrics
                 meter.add(metrics)
-                if self.step % config.log_every == 0 or self.step == last:
+                due = self.checkpoints.should_save(self.step)
+                # Beside a checkpoint too: it holds these numbers, and a run that goes on from it begins to count here.
+                if self.step % config.log_every == 0 or self.step == last or due:
                     self._log(meter.take())
-                self._after_step(eval_step, self.step == last)
+                self._after_step(eval_step, due, self.step == last)
         self._check_finite(previous)
         return self._finish()
 
-    def _after_step(self, eval_step: Callable | None, last: bool) -> None:
-        """Evaluation and checkpoint, where this step is due one."""
-        config, due = self.config, self.checkpoints.should_save(self.step)
-        every = config.eval_every
+    def _after_step(self, eval_step: Callable | None, due: bool, last: bool) -> None:
+        """Evaluation, and a checkpoint where one is due."""
+        config, every = self.config, self.config.eval_every
         if eval_step and (last or (every and self.step % every == 0) or (due and config.checkpoint.keep_best)):
             found = self._evaluate(eval_step)
             self.metrics |= found
@@ -274,18 +280,19 @@ def _export(run: Run, state: dict, directory: str) -> None:
 
 
 @contextlib.contextmanager
-def _profiler(directory: str | None) -> Iterator[Callable[[int], None]]:
-    """A function to call before each step, which traces PROFILED_STEPS, counted from the first one."""
+def _profiler(directory: str | None) -> Iterator[Callable[[int, Any], None]]:
+    """A function to call before each step, with the state it starts from, which traces PROFILED_STEPS, counted from the first."""
     first: list[int] = []
     running = False
 
-    def profile(step: int) -> None:
+    def profile(step: int, state: Any) -> None:
         nonlocal running
         first.append(step) if not first else None
         if directory and step - first[0] == PROFILED_STEPS[0]:
             jax.profiler.start_trace(directory)
             running = True
         elif running and step - first[0] == PROFILED_STEPS[1]:
+            jax.block_until_ready(state)  # devices run behind: the last step is to be in the trace whole
             jax.profiler.stop_trace()
             running = False
 

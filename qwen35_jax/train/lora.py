@@ -1,7 +1,7 @@
 """LoRA by merged weights: W' = W + (alpha / rank) * A B for every matrix whose path matches, expert tensors included.
 
 A is [batch.., inputs.., R] and B is [batch.., R, outputs..], where batch axes (units, experts), inputs and outputs follow
-from the parameter's logical axes. The model sees ordinary parameters, so training, export and FP8 need to know nothing of it.
+from the parameter's logical axes. The model sees ordinary parameters, so training and export need to know nothing of it.
 """
 
 from __future__ import annotations

@@ -77,6 +77,8 @@ def select(names: Iterable[str], regexes: Sequence[str], field: str) -> set[str]
     """The paths in which at least one regex is found. UserError, naming `field`, for a regex that is none or finds nothing."""
     names, selected = list(names), set()
     for regex in regexes:
+        if not isinstance(regex, str):
+            raise UserError(f"{field}: {regex!r} is not a regular expression; write it in quotes")
         try:
             found = [name for name in names if re.search(regex, name)]
         except re.error as error:

@@ -157,6 +157,9 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
     # XLA:CPU copies every slice that a scan takes of stacked weights.
     stacked = sharding.mesh.devices.flat[0].platform != "cpu"
     loss = Loss(weights, config.remat, config.loss.mtp, config.loss.z, balance, stacked)
+    best = config.checkpoint.best_metric
+    if config.checkpoint.keep_best and "mtp" in best and not loss.has_mtp:
+        raise UserError(f"config.checkpoint.best_metric is {best}, but this run has no such loss: see config.loss.mtp")
     state = _abstract_state(sharding, optimizer, trained, _in_dtype(frozen, model))
     return Run(config, origin, loss, optimizer, learning_rate(config.optimizer, config.steps), state)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,8 +72,9 @@ def weights(directory: Path) -> bytes:
 
 def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
     """SIGKILL between checkpoints, SIGTERM after that: metrics and weights are bitwise those of an undisturbed run."""
-    said = finish(start("--workdir", "whole", "--export_hf", "whole_hf"))
+    said = finish(start("--workdir", "whole", "--export_hf", "whole_hf", "--profile", "trace"))
     assert "step 12/12" in said and "eval/loss" in said
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
     process = start("--workdir", "cut", "--export_hf", "cut_hf")
     wait_for(process, tmp_path / "cut" / "metrics.jsonl", '"step": 6')
@@ -94,10 +96,36 @@ def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
     assert lm.generate("Once", max_new_tokens=2, temperature=0)[0].token_ids
 
 
+def test_a_run_that_diverges_stops_with_its_last_good_checkpoint(start, tmp_path):
+    """Steps without a finite loss change nothing, so all checkpoints are good; between log lines, metrics have them too."""
+    changes = ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=0", "--config.log_every=100"]
+    process = start("--workdir", "w", *changes, "--config.checkpoint.every=2", "--config.stop_after_skipped=3")
+    _, err = process.communicate(timeout=600)
+    last = err.strip().splitlines()[-1]
+    assert process.returncode == 1 and last.startswith("error: 3 steps in a row had no finite loss or gradient"), err[-3000:]
+    (step,) = re.findall(r"the last good checkpoint is of step (\d+)", last)
+    assert (tmp_path / "w" / "checkpoints" / step).is_dir()
+    skipped = {line["step"]: line["skipped"] for line in lines(tmp_path / "w")}
+    assert list(skipped) == [2, 4] and skipped[4] > skipped[2], skipped
+
+
 WRONG = [
     (["--config.step=3", "--workdir", "w"], "step"),
     (["--config.steps=0", "--workdir", "w"], "config.steps is 0; it must be at least 1"),
     ([], "--workdir is missing"),
+    (["--workdir", ""], "--workdir is empty"),
+    (["--workdir", "w", "--export_hf", ""], "--export_hf is empty"),
+    (["--workdir", "config.py"], "config.py is a file; give a directory for the run"),
+    (["--workdir", "s3://bucket/w"], "cannot read s3://bucket/w"),
+    (["--config.data.train=('s3://bucket/*.jsonl',)", "--workdir", "w"], "cannot read s3://bucket/*.jsonl"),
+    (["--config.data.train=(3,)", "--workdir", "w"], "config.data names 3"),
+    (["--config.freeze=(3,)", "--workdir", "w"], "config.freeze: 3 is not a regular expression"),
+    (["--config.loss.z=nan", "--workdir", "w"], "config.loss.z is nan"),
+    (["--config.loss.balance=nan", "--workdir", "w"], "config.loss.balance is nan"),
+    (["--config.seed=4294967296", "--workdir", "w"], "config.seed is 4294967296"),
+    (["--config.fp8.hold=('mixer',)", "--workdir", "w"], "config.fp8.hold is about FP8 layers"),
+    (["--config.checkpoint.keep_best=1", "--config.checkpoint.best_metric=mtp_loss", "--workdir", "w"], "has no such loss"),
+    (["--config.steps=3", "--workdir", "w", "--profile", "trace"], "but 3 are left"),
     (["--config.data.train=('nowhere.jsonl',)", "--workdir", "w"], "nowhere.jsonl"),
     (["--config.model.random_weights=false", "--workdir", "w"], "config.model.changes"),
     (["--config.freeze=('nothing_like_it',)", "--workdir", "w"], "nothing_like_it"),
@@ -119,9 +147,9 @@ def test_wrong_input_is_one_line(tmp_path, chats):
         "from tests.train.conftest import small_config\n\ndef get_config():\n    return small_config(stepz=3)\n"
     )
     (tmp_path / "bad.jsonl").write_text("{\n")
-    cases = [["--config", "config.py", *arguments] for arguments, _ in WRONG]
+    cases = [["--config", "config.py", *arguments] for arguments, _ in WRONG] + [["--workdir", "w"]]
     results = run_all("qwen35_jax.train.__main__", cases, tmp_path, **FAST)
-    for done, (arguments, message) in zip(results, WRONG, strict=True):
+    for done, (arguments, message) in zip(results, [*WRONG, (cases[-1], "--config is missing")], strict=True):
         assert done.returncode == 1, (arguments, done.stderr[-3000:])
         last = done.stderr.strip().splitlines()[-1]
         assert last.startswith("error: ") and message in last, (arguments, done.stderr)

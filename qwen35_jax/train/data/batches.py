@@ -12,6 +12,7 @@ from absl import logging
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import ChatTemplate, Tokenizer
+from qwen35_jax.train.config import MAX_SEED
 from qwen35_jax.train.data.examples import EncodeOptions, Example, ExampleEncoder
 from qwen35_jax.train.data.lines import JsonLines, Line, parse_line
 from qwen35_jax.train.data.packing import Document, Rows
@@ -19,7 +20,6 @@ from qwen35_jax.train.data.packing import Document, Rows
 WAITING = 16  # documents without room that wait while shorter ones behind them fill a batch
 REPORTED = 5  # bad lines that are named in the log
 THREADS = 2  # that encode ahead
-MAX_SEED = 2**32 - 1
 
 
 class TrainData(Iterator[dict[str, np.ndarray]]):

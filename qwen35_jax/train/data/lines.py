@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from qwen35_jax.checkpoint.safetensors_file import is_local
+from qwen35_jax.checkpoint.source import reachable
 from qwen35_jax.errors import UserError
 from qwen35_jax.text.files import one_line
 
@@ -103,18 +104,19 @@ class _File:
 
 def _matches(pattern: str) -> list[str]:
     """The files that a path or glob names, sorted."""
-    if not pattern:
-        raise UserError("config.data names a file without a name; write ('a.jsonl', 'b.jsonl')")
+    if not pattern or not isinstance(pattern, str):
+        raise UserError(f"config.data names {pattern!r}, which is no file's name; write ('a.jsonl', 'b.jsonl')")
     pattern = os.path.expanduser(pattern)
-    path = epath.Path(pattern)
-    if path.exists():
-        if path.is_dir():
-            raise UserError(f"{pattern} is a directory; name its files, such as {pattern.rstrip('/')}/*.jsonl")
-        return [pattern]
-    if is_local(pattern):
-        found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    else:
-        found = _remote_matches(pattern)
+    with reachable(pattern):
+        path = epath.Path(pattern)
+        if path.exists():
+            if path.is_dir():
+                raise UserError(f"{pattern} is a directory; name its files, such as {pattern.rstrip('/')}/*.jsonl")
+            return [pattern]
+        if is_local(pattern):
+            found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+        else:
+            found = _remote_matches(pattern)
     if not found:
         raise UserError(f"config.data: no file matches {pattern!r}; several are written ('a.jsonl', 'b.jsonl')")
     return sorted(found)
