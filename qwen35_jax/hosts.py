@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import sys
 import threading
-from collections.abc import Iterator
 
 import jax
-import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import all_devices, parse_mesh
@@ -75,24 +71,6 @@ def _give_up() -> None:
         flush=True,
     )
     os._exit(1)  # the thread that waits cannot be interrupted
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """What is inside succeeds on every host or ends every host: a UserError of one is one on the others too."""
-    try:
-        yield
-    except UserError:
-        _all_say(False)
-        raise
-    if not _all_say(True):
-        raise UserError("another host cannot go on; it says why")
-
-
-def _all_say(yes: bool) -> bool:
-    if not jax.distributed.is_initialized():
-        return yes
-    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
 
 
 def is_first() -> bool:

@@ -24,6 +24,7 @@ from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
 from qwen35_jax.generate.multimodal import Picture, Prepared, content_with_pictures
 from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.ops.forms import KERNEL_CHOICES
+from qwen35_jax.sharding import together
 from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
 
 USAGE = """
@@ -82,7 +83,7 @@ def main(arguments: list[str]) -> None:
     if PROFILE.value is not None:
         _make_writable(PROFILE.value)
     hosts.join(MESH.value)
-    with hosts.together():
+    with together():
         lm = load(
             _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",
             MESH.value,

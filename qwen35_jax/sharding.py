@@ -6,10 +6,11 @@ logical axes only; `AXIS_RULES` maps them. A logical shape is a string of letter
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -87,6 +88,24 @@ def make_mesh(text: str, devices: list | None = None) -> Mesh:
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole array, also where other hosts hold parts of it; then all must call this."""
     return np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What is inside succeeds on every host or ends every host: a UserError of one is one on the others too."""
+    try:
+        yield
+    except UserError:
+        _all_say(False)
+        raise
+    if not _all_say(True):
+        raise UserError("another host cannot go on; it says why")
+
+
+def _all_say(yes: bool) -> bool:
+    if not jax.distributed.is_initialized():
+        return yes
+    return bool(np.all(multihost_utils.process_allgather(np.array(yes))))
 
 
 def all_devices() -> list[jax.Device]:

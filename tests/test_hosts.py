@@ -60,11 +60,20 @@ def test_two_hosts_say_what_one_says():
     assert other_out == "" and "decode:" in errors and "decode:" not in other_errors
 
 
-def test_what_stops_one_host_stops_the_other():
-    port = free_port()
-    command = [sys.executable, "-m", "qwen35_jax.sample", "--mesh", "2x1"]
-    wrong = [[], ["--checkpoint", "nowhere/at/all"]]
-    done = run_all([[*command, *wrong[host], *flags_of(port, host)] for host in (0, 1)])
+TRAIN = ["train", "--config", "configs/finetune_tiny.py", "--config.mesh=2x1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "right", "wrong"),
+    [
+        (["sample", "--mesh", "2x1"], [], ["--checkpoint", "nowhere/at/all"]),
+        (TRAIN, ["--config.data.train=('README.md',)"], ["--config.data.train=('nowhere/at/all',)"]),
+    ],
+)
+def test_what_stops_one_host_stops_the_other(command, right, wrong, tmp_path):
+    port, work = free_port(), ["--workdir", str(tmp_path / "work")] if command is TRAIN else []
+    program = [sys.executable, "-m", f"qwen35_jax.{command[0]}", *command[1:], *work]
+    done = run_all([[*program, *(right, wrong)[host], *flags_of(port, host)] for host in (0, 1)])
     assert [status for status, *_ in done] == [1, 1], done
     assert "error: another host cannot go on; it says why" in done[0][2] and "nowhere/at/all" in done[1][2]
     assert "Traceback" not in done[0][2] + done[1][2]

@@ -19,6 +19,7 @@ from qwen35_jax.checkpoint import check_export_target, export_hf
 from qwen35_jax.checkpoint.source import check_directory
 from qwen35_jax.compilation import use_compilation_cache
 from qwen35_jax.errors import UserError
+from qwen35_jax.sharding import together
 from qwen35_jax.train.checkpoints import Checkpoints
 from qwen35_jax.train.config import check_config
 from qwen35_jax.train.data import TrainData, make_data
@@ -49,19 +50,19 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
     Returns the last metrics. Raises UserError for wrong input, and where too many steps in a row had no finite loss or
     gradient; Interrupted after SIGTERM or SIGINT. In both cases the last checkpoint stands.
     """
-    check_config(config)
-    check_directory(epath.Path(workdir), "give a directory for the run")
-    if export_dir:
-        check_export_target(export_dir)
-    if profile_dir and not check_directory(epath.Path(profile_dir), "give a directory for the trace"):
-        epath.Path(profile_dir).mkdir(parents=True)  # complains now, not after the traced steps
-    use_compilation_cache()
-    origin = find_origin(config)
-    run = make_run(config, origin)
-    tokenizer, template = run.tokenizer(), run.template()
-    quiet = jax.process_index() > 0
-    data = make_data(config.data, tokenizer, template, quiet=quiet)
-    evaluation = make_data(config.data, tokenizer, template, train=False, quiet=quiet) if config.data.eval else None
+    with together():
+        check_config(config)
+        check_directory(epath.Path(workdir), "give a directory for the run")
+        if export_dir:
+            check_export_target(export_dir)
+        if profile_dir and not check_directory(epath.Path(profile_dir), "give a directory for the trace"):
+            epath.Path(profile_dir).mkdir(parents=True, exist_ok=True)  # complains now, not after the traced steps
+        use_compilation_cache()
+        run = make_run(config, find_origin(config))
+        tokenizer, template = run.tokenizer(), run.template()
+        quiet = jax.process_index() > 0
+        data = make_data(config.data, tokenizer, template, quiet=quiet)
+        evaluation = make_data(config.data, tokenizer, template, train=False, quiet=quiet) if config.data.eval else None
     record = {"config": json.loads(config.to_json()), "seed": config.seed}
     saved = config.checkpoint
     with (
