@@ -88,7 +88,8 @@ def test_memory_of_a_large_image():
     model = VisionModel(ModelConfig.preset("0.8b"), Sharding(make_mesh("1x1")))
     memory = make_vision(model, 1, 65536).compile().memory_analysis()
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
-    assert used < 4 << 30, f"{used / 2**30:.2f} GiB"
+    print(f"65,536 patches through the 0.8b tower: {used / 2**30:.2f} GiB")
+    assert used < 4 << 30
 
 
 def test_random_parameters_are_the_same_on_every_mesh():

@@ -46,7 +46,7 @@ def relative(expected: np.ndarray, got: np.ndarray) -> float:
     return float(error.max())
 
 
-@pytest.mark.parametrize("mesh", ("1x1", "4x2", "8x1", "1x4", "1x8", "2x2x2"))
+@pytest.mark.parametrize("mesh", ("1x1", "4x2", "8x1", "1x8"))
 def test_tower(references, mesh):
     """Meshes whose `model` divides the heads, and (1x8) one that does not, where the tower is replicated."""
     reference = references("vision")
