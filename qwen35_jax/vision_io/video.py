@@ -138,7 +138,7 @@ def _file_clip(path: epath.Path) -> Clip:
             fps, size = stream.average_rate or stream.guessed_rate, (stream.height, stream.width)
             check_pixels(*size)
             count = _count(container, stream)
-    except av.FFmpegError as error:
+    except (av.FFmpegError, UnicodeError) as error:
         raise UserError(f"it cannot be read: {_reason(error)}") from error
     return Clip(count, float(fps or UNKNOWN_FPS), size, lambda indices: _decoded(av, path, indices, size))
 
@@ -156,7 +156,7 @@ def _opened(av, path: epath.Path):
     if "://" in local:
         raise UserError("video files are read from local disks: copy it here first")
     options = {"protocol_whitelist": "file"}
-    container = av.open(f"file:{local}", options=options, metadata_errors="replace")
+    container = av.open(f"file:{local}", options=options)
     if not container.streams.video:
         container.close()
         raise UserError("it has no video in it")
@@ -188,7 +188,7 @@ def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]
                     target = next(wanted, -1)
                 if target < 0:
                     return
-    except av.FFmpegError as error:
+    except (av.FFmpegError, UnicodeError) as error:
         raise UserError(f"it cannot be decoded: {_reason(error)}") from error
 
 
