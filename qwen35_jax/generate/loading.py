@@ -58,7 +58,7 @@ def load(
         keep_fp8: keep the weights of an FP8 checkpoint as they are stored; without it they are dequantised while loading.
         fp8_activations: with `keep_fp8`: round the inputs of those weights to FP8 as well (one scale for 128 numbers of a token),
             as servers of FP8 checkpoints do, and multiply in FP8. Without it the weights alone are FP8.
-        kernels: auto, xla, or pallas (TPU only).
+        kernels: auto, xla, or pallas (TPU and Hopper only).
         seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
 

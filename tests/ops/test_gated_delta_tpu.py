@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.forms import Forms, resolve_forms
@@ -138,8 +139,8 @@ def test_under_shard_map_and_vmap():
             np.testing.assert_allclose(x.reshape(y.shape), y, atol=2e-6)
 
 
-def mesh_of(platform):
-    device = SimpleNamespace(platform=platform, device_kind=f"some {platform}", compute_capability="8.0")
+def mesh_of(platform, capability="8.0"):
+    device = SimpleNamespace(platform=platform, device_kind=f"some {platform}", compute_capability=capability)
     return SimpleNamespace(devices=np.array([device]))
 
 
@@ -151,5 +152,6 @@ def test_choice_of_forms():
     in_float32 = resolve_forms(mesh_of("tpu"), large.replace(dtype="float32"))
     assert in_float32 == Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu")
     assert resolve_forms(mesh_of("gpu"), large) == Forms()
+    assert resolve_forms(mesh_of("gpu", "9.0"), large).gated_delta_step == ("pallas_gpu" if HAS_MOSAIC_GPU else "xla")
     with pytest.raises(UserError, match="none for some gpu, only for TPU"):
         resolve_forms(mesh_of("gpu"), large, "pallas")
