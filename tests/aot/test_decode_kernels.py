@@ -42,8 +42,12 @@ STEP_SLOW = {
     ("v5p", "35b-a3b"): 95,
     ("v6e", "35b-a3b"): 76,
     ("v5e", "0.8b"): 143,
+    ("v5p", "0.8b"): 157,
+    ("v6e", "0.8b"): 129,
     ("tpu7x", "0.8b"): 127,
     ("v5e", "397b-a17b"): 82,
+    ("v5p", "397b-a17b"): 83,
+    ("v6e", "397b-a17b"): 68,
     ("tpu7x", "397b-a17b"): 64,
 }
 # MiB of temporaries of attention's forward and backward pass over 8,192 tokens, a tenth above what was measured.
