@@ -37,8 +37,8 @@ def with_kernels(lm: LanguageModel) -> LanguageModel:
     return LanguageModel(model, lm.params, lm.tokenizer, lm.template, lm.defaults)
 
 
-def divergence(logits, others) -> float:
-    """Mean KL over positions, float64."""
+def divergences(logits, others) -> np.ndarray:
+    """KL at each position, float64."""
 
     def logarithms(x):
         x = np.asarray(x, np.float64)
@@ -46,32 +46,49 @@ def divergence(logits, others) -> float:
         return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
     p, q = logarithms(logits), logarithms(others)
-    return float((np.exp(p) * (p - q)).sum(-1).mean())
+    return (np.exp(p) * (p - q)).sum(-1)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+def random_model(request, tmp_path_factory):
+    """One unit of a random model (unit gain, sides of whole blocks), quantised; and tokens."""
+    config = hf_config(moe=request.param, hidden=256, head_dim=128, linear_head_dim=128, ffn=128, layers=2, vision=False)
+    tensors = canonical_tensors(config, vision=False)
+    tensors = {n: x if x.ndim < 2 else (x.astype(np.float32) / 16).astype(x.dtype) for n, x in tensors.items()}
+    path = tmp_path_factory.mktemp("fp8")
+    convert(str(write(path / "bf16", config, tensors)), str(path / "fp8"), quantize="fp8", progress=False)
+    return path / "fp8", np.random.default_rng(0).integers(0, 96, (1, 48))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
-def test_kernels_and_xla_forms_agree(tmp_path, moe):
-    """One unit of a random model (unit gain, sides of whole blocks), activations in float32; weights alone in FP8, and both."""
-    config = hf_config(moe=moe, hidden=256, head_dim=128, linear_head_dim=128, ffn=128, layers=2, vision=False)
-    tensors = {
-        n: x if x.ndim < 2 else (x.astype(np.float32) / 16).astype(x.dtype)
-        for n, x in canonical_tensors(config, vision=False).items()
+def test_kernels_and_xla_forms_agree(random_model):
+    """Activations in float32, weights in FP8."""
+    path, tokens = random_model
+    lm = qwen35_jax.load(path, dtype="float32", keep_fp8=True)
+    want = lm.logits(tokens)
+    found = {
+        "kernels against XLA": divergences(want, with_kernels(lm).logits(tokens)).mean(),
+        "kept against dequantised": divergences(qwen35_jax.load(path, dtype="float32").logits(tokens), want).mean(),
     }
-    convert(str(write(tmp_path / "bf16", config, tensors)), str(tmp_path / "fp8"), quantize="fp8", progress=False)
-    tokens = np.random.default_rng(0).integers(0, 96, (1, 48))
-    plain = qwen35_jax.load(tmp_path / "fp8", dtype="float32").logits(tokens)
-    for activations in (False, True):
-        lm = qwen35_jax.load(tmp_path / "fp8", dtype="float32", keep_fp8=True, fp8_activations=activations)
-        want = lm.logits(tokens)
-        got = with_kernels(lm).logits(tokens)
-        print(f"kernels against XLA, activations in FP8: {activations}: KL {divergence(want, got):.1e}")
-        assert divergence(want, got) < 1e-5
-        if not activations:
-            print(f"kept against dequantised: KL {divergence(plain, want):.1e}")
-            assert divergence(plain, want) < 1e-5
-        else:
-            assert divergence(plain, want) > 1e-6  # it is another arithmetic
+    print({name: f"{value:.1e}" for name, value in found.items()})
+    assert max(found.values()) < 1e-5
+
+
+@pytest.mark.slow
+def test_kernels_and_xla_forms_agree_in_fp8(random_model):
+    """Activations in FP8 too. A sum in another order can round an activation to the other e4m3 neighbour, and from there send a
+    token to another expert: few positions differ, but visibly. The XLA form on two devices differs so from itself on one."""
+    path, tokens = random_model
+    options = {"dtype": "float32", "keep_fp8": True, "fp8_activations": True}
+    lm = qwen35_jax.load(path, **options)
+    want = lm.logits(tokens)
+    kernels = divergences(want, with_kernels(lm).logits(tokens))
+    control = divergences(want, qwen35_jax.load(path, mesh="1x2", **options).logits(tokens))
+    weights_alone = divergences(want, qwen35_jax.load(path, dtype="float32", keep_fp8=True).logits(tokens))
+    for name, x in (("kernels", kernels), ("XLA on 1x2", control), ("weights alone", weights_alone)):
+        print(f"{name}: mean {x.mean():.1e}, median {np.median(x):.1e}, largest {x.max():.1e}")
+    assert max(np.median(kernels), np.median(control)) < 1e-8  # where nothing was rounded otherwise, the same numbers
+    assert max(kernels.mean(), control.mean()) < 0.05 * weights_alone.mean()  # and all in all the same arithmetic
 
 
 @pytest.fixture(scope="module")
@@ -94,9 +111,9 @@ def test_the_packaged_model_in_fp8(packaged):
     kept = qwen35_jax.load(path, **options).logits(tokens)
     both = qwen35_jax.load(path, **options, fp8_activations=True).logits(tokens)
     found = {
-        "kept, dequantised": divergence(dequantised, kept),
-        "activations, weights alone": divergence(kept, both),
-        "activations, original": divergence(lm.logits(tokens), both),
+        "kept, dequantised": divergences(dequantised, kept).mean(),
+        "activations, weights alone": divergences(kept, both).mean(),
+        "activations, original": divergences(lm.logits(tokens), both).mean(),
     }
     print({name: f"{value:.1e}" for name, value in found.items()})
     assert found["kept, dequantised"] < 1e-5
@@ -104,14 +121,13 @@ def test_the_packaged_model_in_fp8(packaged):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activations", [False, True])
-def test_the_packaged_model_through_kernels(packaged, activations):
-    """Logits through both forms, and the greedy answer to one question, word for word."""
+def test_the_packaged_model_through_kernels(packaged):
+    """Weights in FP8: logits through both forms, and the greedy answer to one question, word for word."""
     path, _, tokens = packaged
-    lm = qwen35_jax.load(path, dtype="float32", keep_fp8=True, fp8_activations=activations)
+    lm = qwen35_jax.load(path, dtype="float32", keep_fp8=True)
     chat, options = [{"role": "user", "content": "What is 37 + 58?"}], {"max_new_tokens": 12, "temperature": 0.0}
     want, (text,) = lm.logits(tokens[:, :64]), lm.generate([chat], **options)
     kernels = with_kernels(lm)
     got, (said,) = kernels.logits(tokens[:, :64]), kernels.generate([chat], **options)
-    print(f"activations in FP8: {activations}: KL {divergence(want, got):.1e}, {said.text!r}")
-    assert divergence(want, got) < 1e-5 and said.token_ids == text.token_ids
+    print(f"KL {divergences(want, got).mean():.1e}, {said.text!r}")
+    assert divergences(want, got).mean() < 1e-5 and said.token_ids == text.token_ids
