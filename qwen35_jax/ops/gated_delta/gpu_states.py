@@ -92,6 +92,7 @@ class _Ring:
             slot = lax.rem(step, STAGES)
             plgpu.barrier_wait(self.loaded.at[slot])
             carry = body(step, Chunk(*(buffer.at[slot] for buffer in self.buffers)), carry)
+            plgpu.commit_smem()  # the TMA may write what was read here only after a fence
             plgpu.barrier_arrive(self.consumed.at[slot])
             return carry
 
