@@ -47,8 +47,11 @@ def test_gates(gate):
 @needs_mosaic
 @pytest.mark.parametrize("noise", [0.0, *slow(1e-3)], ids=str)
 def test_repeated_keys(noise):
-    """Identical and nearly identical keys: an inverse in bfloat16 that is not refined is off by 1e-2 here."""
-    check(make(gate=-1e-3, repeated=noise), limits=REPEATED)
+    """Identical and nearly identical keys: an inverse in bfloat16 that is not refined is off by 1e-2 here.
+
+    The gradient of g is summed from dv as it is written, in bfloat16 (6.3e-3 was seen); on TPU from float32.
+    """
+    check(make(gate=-1e-3, repeated=noise), limits={"bfloat16": REPEATED["bfloat16"] | {"g": 8e-3}})
 
 
 @needs_mosaic
