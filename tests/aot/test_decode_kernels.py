@@ -26,13 +26,12 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.attention import attention
 from qwen35_jax.ops.gated_delta import gated_delta_step
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
+from tests.aot.bundles import DUMP, bundles_of
 from tests.aot.devices import TARGETS, target_devices
 from tests.aot.run import SETTINGS
 from tests.aot.test_compile import NEEDS
-from tests.aot.test_kernels import DUMP
 
 SLOTS, TIME, MIB = 64, 8192, 2**20
-_TOTAL = re.compile(r"total scheduled bundles:\s+(\d+)")
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -128,10 +127,9 @@ def compile_elsewhere(what: str, target: str, preset: str) -> dict:
         root = Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{target} {preset} did not compile:\n{done.stderr[-4000:]}"
-        schedules = [p.read_text() for p in Path(dump).glob("*-gated_delta_net_step[._]*schedule-analysis_final_bundles.txt")]
         reports = "".join(p.read_text() for p in Path(dump).glob("gated_delta_step*.ptxas"))
         return json.loads(done.stdout.splitlines()[-1]) | {
-            "bundles": [int(_TOTAL.search(text).group(1)) for text in schedules],
+            "bundles": bundles_of(Path(dump), "gated_delta_net_step"),
             "registers": [int(n) for n in _REGISTERS.findall(reports)],
             "spilled": sum(sum(map(int, pair)) for pair in _SPILLS.findall(reports)),
         }
@@ -146,12 +144,12 @@ def _cases(default, slow):
 def test_step(target, preset, ceiling):
     config, result = ModelConfig.preset(preset), compile_elsewhere("step", target, preset)
     heads, width = config.linear_num_value_heads, config.linear_value_head_dim
-    each = [n / min(heads, 32) for n in result["bundles"]]
+    each = result["bundles"] / min(heads, 32)
     print(target, preset, result, each)
     # The state is updated in place and nothing of its size is made beside it.
     state = SLOTS * heads * width * width * 4
     assert result["in_place"] > state and result["temporary"] < state / 64
-    assert all(n <= ceiling for n in each)
+    assert each <= ceiling
 
 
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
