@@ -50,8 +50,7 @@ STEP_SLOW = {
     ("tpu7x", "397b-a17b"): 64,
 }
 # MiB of temporaries of attention's forward and backward pass over 8,192 tokens, a tenth above what was measured.
-ATTENTION = {("v5e", "35b-a3b"): 153}
-ATTENTION_SLOW = {("tpu7x", "0.8b"): 182}
+ATTENTION_SLOW = {("v5e", "35b-a3b"): 153, ("tpu7x", "0.8b"): 182}
 
 
 def _arrays(mesh):
@@ -162,7 +161,7 @@ def test_step_for_hopper(target):
     assert result["spilled"] == 0 and result["registers"] and max(result["registers"]) <= 96
 
 
-@pytest.mark.parametrize(("target", "preset", "ceiling"), list(_cases(ATTENTION, ATTENTION_SLOW)))
+@pytest.mark.parametrize(("target", "preset", "ceiling"), list(_cases({}, ATTENTION_SLOW)))
 def test_attention(target, preset, ceiling):
     result = compile_elsewhere("attention", target, preset)
     print(target, preset, result)
