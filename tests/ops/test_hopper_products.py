@@ -222,17 +222,17 @@ def hopper_mesh(count):
 
 
 def test_choice_of_forms():
-    """FP8 weights need whole blocks; FP8 training of dense weights one device; float32 has no kernels."""
+    """Weights kept in FP8 need whole blocks; FP8 training of dense weights one device; float32 has no kernels."""
     ours = ("linear", "grouped_linear", "fp8_linear", "fp8_grouped_linear")
 
     def chosen(model, count=1, **changes):
         forms = resolve_forms(hopper_mesh(count), ModelConfig.preset(model).replace(**changes))
         return {name for name in ours if getattr(forms, name) == "pallas_gpu"}
 
-    assert chosen("35b-a3b") == chosen("0.8b") == set(ours)
-    assert chosen("397b-a17b", 8) == set(ours) - {"linear"}
-    assert chosen("tiny", dtype="bfloat16") == {"linear", "grouped_linear"}
-    assert chosen("35b-a3b", dtype="float32") == set()
+    assert chosen("35b-a3b", fp8_weights=True) == chosen("0.8b", fp8_weights=True) == set(ours)
+    assert chosen("397b-a17b", 8, fp8_weights=True) == set(ours) - {"linear"}
+    assert chosen("35b-a3b") == chosen("tiny", dtype="bfloat16", fp8_weights=True) == {"linear", "grouped_linear"}
+    assert chosen("35b-a3b", dtype="float32", fp8_weights=True) == set()
 
 
 @pytest.mark.parametrize("height", [8, 64])

@@ -34,7 +34,7 @@ def linear_gpu(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Opera
         return linear_fp8(x, w, spec, out_dtype, training_dot)
     w = jax.lax.stop_gradient(w)
     if isinstance(x, Fp8Activation):
-        check_summed(x, w, spec)
+        check_summed(x.scales.shape[-1], w, spec)
         return _product(spec, out_dtype, plain, (x.values, x.scales), w)
     return _product(spec, out_dtype, plain, None, w)
 
