@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta.xla import unit_length
+from qwen35_jax.ops.gated_delta.xla import step_inputs
 
 KEYS = 128  # the key's width: the rows of the state
 WIDTH = 32  # columns of the state that a warpgroup holds: 32 numbers a thread
@@ -43,12 +43,7 @@ def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, retur
         )
     slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
     dtype = v.dtype
-    q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
-    if active is not None:
-        g, beta = (jnp.where(active[..., None], x, 0) for x in (g, beta))
-    if normalize_qk:
-        q, k = unit_length(q), unit_length(k)
-    q = q * key_width**-0.5
+    q, k, v, g, beta = step_inputs(q, k, v, g, beta, active, normalize_qk)
     along = jnp.repeat(jnp.sum(q * k, axis=-1), heads // keys, axis=2)
     scalars = jnp.stack([jnp.exp(g), beta, along], axis=-1)
     outputs = [jax.ShapeDtypeStruct(v.shape, jnp.float32)]

@@ -291,15 +291,20 @@ def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, retur
     return (out, new, states) if return_states else (out, new)
 
 
-def _steps(q, k, v, g, beta, state, active, normalize_qk, return_states):
-    """state [B, N, Hk, Hv], a row each -> (out, state, states or None)."""
-    dtype = v.dtype
+def step_inputs(q, k, v, g, beta, active, normalize_qk) -> tuple[jax.Array, ...]:
+    """All in fp32: q and k normalised where asked, q scaled, g and beta 0 for tokens that are not active."""
     q, k, v, g, beta = (x.astype(jnp.float32) for x in (q, k, v, g, beta))
     if active is not None:
         g, beta = (jnp.where(active[..., None], x, 0) for x in (g, beta))
     if normalize_qk:
         q, k = unit_length(q), unit_length(k)
-    q = q * q.shape[-1] ** -0.5
+    return q * q.shape[-1] ** -0.5, k, v, g, beta
+
+
+def _steps(q, k, v, g, beta, state, active, normalize_qk, return_states):
+    """state [B, N, Hk, Hv], a row each -> (out, state, states or None)."""
+    dtype = v.dtype
+    q, k, v, g, beta = step_inputs(q, k, v, g, beta, active, normalize_qk)
     q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
     if q.shape[1] == 1:
         state, out = _token(state, tuple(x[:, 0] for x in (q, k, v, jnp.exp(g), beta)))

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import BLOCK, Fp8Activation, Fp8Operand, Fp8Weight, dequantize
 from qwen35_jax.ops.hopper.operands import block_product, check_available, flat_weight, training_dot
 from qwen35_jax.ops.hopper.ring import SMS
 from qwen35_jax.ops.hopper.rows import rows_times
 from qwen35_jax.ops.linear.fp8 import linear_fp8
-from qwen35_jax.ops.linear.quantized import check_summed, product_backward
+from qwen35_jax.ops.linear.quantized import check_summed, straight_through
 from qwen35_jax.ops.linear.xla import axes_of, check_operands, einsum, linear_xla, weight_array
 
 # Up to so many rows an FP8 weight is dequantised inside the product, read once in 8 bits; beyond, once before it, at a cost
@@ -33,19 +31,17 @@ def linear_gpu(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Opera
     if isinstance(w, Fp8Operand):
         return linear_fp8(x, w, spec, out_dtype, training_dot)
     w = jax.lax.stop_gradient(w)
+    check_summed(x.scales.shape[-1] if isinstance(x, Fp8Activation) else None, w, spec)
     if isinstance(x, Fp8Activation):
-        check_summed(x.scales.shape[-1], w, spec)
         return _product(spec, out_dtype, plain, (x.values, x.scales), w)
     return _product(spec, out_dtype, plain, None, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@straight_through
 def _product(spec: str, out_dtype, x, quantised: tuple | None, w: Fp8Weight):
     """x times w, or quantised x (values, scales) times w; then x stands there to receive the gradient."""
-    x_axes, w_axes, out = axes_of(spec)
+    x_axes, w_axes, _ = axes_of(spec)
     ins = sum(a in x_axes for a in w_axes)
-    if not ins or x_axes[len(x_axes) - ins :] != w_axes[:ins] or out != x_axes[: len(x_axes) - ins] + w_axes[ins:]:
-        raise UserError(f"linear {spec!r}: pallas_gpu wants the axes that are summed last in x and first in w, as BTNH,NHD->BTD")
     values, scales = (a[None] for a in flat_weight(w, 0, ins, "linear"))
     rows = math.prod(x.shape[: x.ndim - ins])
     sizes = jnp.full(1, rows, jnp.int32)
@@ -58,18 +54,6 @@ def _product(spec: str, out_dtype, x, quantised: tuple | None, w: Fp8Weight):
     else:
         return einsum(spec, x, dequantize(w, x.dtype), out_dtype)
     return y.reshape(*x.shape[: x.ndim - ins], *w.values.shape[ins:])
-
-
-def _product_forward(spec, out_dtype, x, quantised, w):
-    return _product(spec, out_dtype, x, quantised, w), (x, w)
-
-
-def _product_backward(spec, out_dtype, residuals, dy):
-    x, w = residuals
-    return product_backward(spec, x, w, dy), None, None
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def _parts(rows: int, ins: int, outs: int) -> int:

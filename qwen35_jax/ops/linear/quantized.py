@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def linear_quantized(x: Fp8Activation, w: Fp8Weight, spec: str, out_dtype) -> ja
     """See `qwen35_jax.ops.linear.linear`."""
     check_operands(x.values, w.values, spec)
     check_summed(x.scales.shape[-1], w, spec)
-    return _product(spec, jnp.dtype(out_dtype or x.x.dtype), x.x, x.values, x.scales, jax.lax.stop_gradient(w))
+    return _product(spec, jnp.dtype(out_dtype or x.x.dtype), x.x, (x.values, x.scales), jax.lax.stop_gradient(w))
 
 
 def check_summed(x_blocks: int | None, w: Fp8Weight, spec: str) -> None:
@@ -37,9 +38,30 @@ def check_summed(x_blocks: int | None, w: Fp8Weight, spec: str) -> None:
         raise UserError(f"linear {spec!r}: in FP8 x and w must have scales for the same blocks of {BLOCK}; {scales}")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _product(spec: str, out_dtype, x, values, scales, w: Fp8Weight):
-    """values x scales times w; x stands there to receive the gradient."""
+def straight_through(product: Callable) -> Callable:
+    """product(spec, out_dtype, x, quantised, w) -> y with a gradient of x alone, as if x had not been rounded. quantised: x's
+    (values, scales), or None where x itself is multiplied."""
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+    def differentiable(spec: str, out_dtype, x: jax.Array, quantised: tuple | None, w: Fp8Weight) -> jax.Array:
+        return product(spec, out_dtype, x, quantised, w)
+
+    def forward(spec, out_dtype, x, quantised, w):
+        return product(spec, out_dtype, x, quantised, w), (x, w)
+
+    def backward(spec, out_dtype, residuals, dy):
+        x, w = residuals
+        x_axes, w_axes, out = axes_of(spec)
+        dx = einsum(f"{out},{w_axes}->{x_axes}", dy.astype(x.dtype), dequantize(w, x.dtype), x.dtype)
+        return dx, None, None
+
+    differentiable.defvjp(forward, backward)
+    return differentiable
+
+
+@straight_through
+def _product(spec: str, out_dtype, x, quantised: tuple, w: Fp8Weight):
+    """Quantised x times w."""
     x_axes, w_axes, _ = axes_of(spec)
     count = sum(a in x_axes for a in w_axes)
 
@@ -50,25 +72,7 @@ def _product(spec: str, out_dtype, x, values, scales, w: Fp8Weight):
         y = _in_chunks(*chunks(values, scales, w, count))
         return y.reshape(*values.shape[: values.ndim - count], *w.values.shape[count:])
 
-    return jax.lax.platform_dependent(values, scales, w, cpu=cpu, default=default).astype(out_dtype)
-
-
-def _product_forward(spec, out_dtype, x, values, scales, w):
-    return _product(spec, out_dtype, x, values, scales, w), (x, w)
-
-
-def product_backward(spec: str, x: jax.Array, w: Fp8Weight, dy: jax.Array) -> jax.Array:
-    """The gradient of x, as if it had not been rounded."""
-    x_axes, w_axes, out = axes_of(spec)
-    return einsum(f"{out},{w_axes}->{x_axes}", dy.astype(x.dtype), dequantize(w, x.dtype), x.dtype)
-
-
-def _product_backward(spec, out_dtype, residuals, dy):
-    x, w = residuals
-    return product_backward(spec, x, w, dy), None, None, None
-
-
-_product.defvjp(_product_forward, _product_backward)
+    return jax.lax.platform_dependent(*quantised, w, cpu=cpu, default=default).astype(out_dtype)
 
 
 def chunks(values: jax.Array, scales: jax.Array, w: Fp8Weight, count: int) -> tuple[jax.Array, ...]:

@@ -17,7 +17,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Weight
 from qwen35_jax.ops.fp8 import tpu as fp8
 from qwen35_jax.ops.fp8.tpu import BLOCK, Tile
-from qwen35_jax.ops.linear.quantized import check_summed, product_backward
+from qwen35_jax.ops.linear.quantized import check_summed, straight_through
 from qwen35_jax.ops.linear.xla import axes_of, check_operands
 
 
@@ -36,7 +36,7 @@ def linear_tpu(x: jax.Array | Fp8Activation, w: Fp8Weight, spec: str, out_dtype)
     return _product(spec, out_dtype, plain, None, w)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@straight_through
 def _product(spec: str, out_dtype, x: jax.Array, quantized: tuple | None, w: Fp8Weight) -> jax.Array:
     x_axes, w_axes, _ = axes_of(spec)
     count = sum(a in x_axes for a in w_axes)
@@ -50,18 +50,6 @@ def _product(spec: str, out_dtype, x: jax.Array, quantized: tuple | None, w: Fp8
     row_scales = fp8.row_scales(Fp8Activation(x, *quantized), count, tile) if quantized else None
     y = _call(tile, many, rows, row_scales, values, scales, out_dtype)
     return y.reshape(*lead, *padded)[..., : outs[-1]]
-
-
-def _product_forward(spec, out_dtype, x, quantized, w):
-    return _product(spec, out_dtype, x, quantized, w), (x, w)
-
-
-def _product_backward(spec, out_dtype, residuals, dy):
-    x, w = residuals
-    return product_backward(spec, x, w, dy), None, None
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def _call(tile: Tile, many: bool, x, row_scales, w, scales, out_dtype) -> jax.Array:
