@@ -265,7 +265,7 @@ def test_padded_blocks_hold_one_group(sizes):
         (normal((4, 256)), weight((256, 128), (0, 1)), "TD,DF->TF", "bfloat16"),
         (normal((4, 200), 0, jnp.bfloat16), weight((200, 128), (0, 1)), "TD,DF->TF", "whole blocks"),
         (normal((4, 4, 64), 0, jnp.bfloat16), weight((4, 64, 128), (1, 2)), "TNH,NHD->TD", "whole blocks"),
-        (normal((4, 256), 0, jnp.bfloat16), weight((128, 256), (0, 1)), "TD,VD->TV", "last in x"),
+        (normal((4, 256), 0, jnp.bfloat16), weight((128, 256), (0, 1)), "TD,VD->TV", "the last of x"),
         (normal((4, 128), 0, jnp.bfloat16), Fp8Operand(normal((128, 256)), (("F", 2),)), "TD,DF->TF", "one device"),
     ],
 )
