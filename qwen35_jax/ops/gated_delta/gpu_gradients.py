@@ -183,6 +183,7 @@ def gate_gradients(rows: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Ar
     d_beta = pair(WEIGHTS) + written
     d_after = gates[..., BETA, :] * written
     from_here = lax.cumsum(pair(BEFORE), axis=3, reverse=True)
-    earlier = jnp.cumsum(d_after, axis=-1) - d_after
+    # Of the tokens before: shifted, since taking the token's own part away from a sum that holds it would lose small ones.
+    earlier = jnp.cumsum(jnp.pad(d_after[..., :-1], [(0, 0)] * 3 + [(1, 0)]), axis=-1)
     crossed = gates[..., TOTAL, :] * jnp.sum(rows[..., CROSSED, :], axis=-1, keepdims=True)
     return pair(SPANS) + from_here + earlier + crossed, d_beta
