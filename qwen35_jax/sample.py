@@ -21,11 +21,12 @@ from qwen35_jax import hosts
 from qwen35_jax.config import PRESETS
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
-from qwen35_jax.generate.multimodal import Picture, Prepared, content_with_pictures
+from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
 from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.ops.forms import KERNEL_CHOICES
 from qwen35_jax.sharding import together
 from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
+from qwen35_jax.vision_io import Picture
 
 USAGE = """
 Writes text with a Qwen3.5 model.

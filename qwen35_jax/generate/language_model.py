@@ -15,13 +15,9 @@ from qwen35_jax.generate import steps
 from qwen35_jax.generate.generation import Generation, Programs, Request, Timing, prompt_buckets, slot_bucket
 from qwen35_jax.generate.multimodal import (
     VISION_OPTIONS,
-    Picture,
     Prepared,
     Vision,
     as_pictures,
-    check_tokens,
-    collect_pictures,
-    expand,
     place_rows,
     step_arrays,
 )
@@ -35,7 +31,7 @@ from qwen35_jax.text import (
     Tokenizer,
     sampling_preset,
 )
-from qwen35_jax.vision_io import Visual
+from qwen35_jax.vision_io import Picture, Visual, check_tokens, collect_pictures, expand
 
 Prompt = str | Sequence[int] | Sequence[dict[str, Any]] | Prepared
 PROMPT_FORMS = "a string, a list of token ids (whole numbers) or a list of messages"

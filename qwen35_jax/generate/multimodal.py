@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,13 +14,9 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate.vision import VisionEncoder
 from qwen35_jax.model import FrameQueue, Span, vision_positions
-from qwen35_jax.vision_io import VisionSettings, Visual, image_size, image_visual, read_image, read_video, resize, video_visual
+from qwen35_jax.vision_io import PADS, Picture, VisionSettings, Visual, read_picture
 
-START, END = "<|vision_start|>", "<|vision_end|>"
 VISION_OPTIONS = ("max_pixels", "fps", "max_frames")
-PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
-MARK = re.compile("|".join(map(re.escape, (START + PADS["video"] + END, PADS["video"], PADS["image"]))))
-SOURCES = {"image": ("image", "image_url"), "video": ("video", "video_url")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,62 +25,6 @@ class Prepared:
 
     token_ids: list[int]
     visuals: tuple[Visual, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """An image or video as a message names it. fps: of the source, where it is frames."""
-
-    kind: str
-    source: Any
-    fps: float | None = None
-
-
-def collect_pictures(messages: Any) -> tuple[Any, list[Picture]]:
-    """(messages whose pictures are bare marks for the template, the pictures in order); without any, the messages as they are.
-
-    A picture is a part of a message's content, as OpenAI and the published templates have it: {"type": "image", "image": X},
-    {"type": "image_url", "image_url": {"url": X}}, {"type": "video", "video": X, "fps": of frames}, or video_url; X is
-    whatever `read_image` and `read_video` take.
-    """
-    pictures: list[Picture] = []
-
-    def part(value: Any, where: str) -> Any:
-        kind = _kind(value)
-        if kind is None:
-            return value
-        pictures.append(Picture(kind, _source(value, kind, where), value.get("fps") if kind == "video" else None))
-        return {"type": kind}
-
-    def message(value: Any, where: str) -> Any:
-        content = value.get("content") if isinstance(value, Mapping) else None
-        if not isinstance(content, list | tuple):
-            return value
-        return {**value, "content": [part(p, f"{where}.content[{i}]") for i, p in enumerate(content)]}
-
-    if not isinstance(messages, list | tuple):
-        return messages, []
-    bare = [message(m, f"messages[{i}]") for i, m in enumerate(messages)]
-    return (bare, pictures) if pictures else (messages, [])
-
-
-def _kind(part: Any) -> str | None:
-    """image | video | None, as the templates tell them apart."""
-    if not isinstance(part, Mapping):
-        return None
-    for kind, names in SOURCES.items():
-        if part.get("type") in names or any(name in part for name in names):
-            return kind
-    return None
-
-
-def _source(part: Mapping, kind: str, where: str) -> Any:
-    source = next((part[name] for name in SOURCES[kind] if part.get(name) is not None), part.get("url"))
-    if isinstance(source, Mapping):
-        source = source.get("url")
-    if source is None:
-        raise UserError(f"{where} holds no {kind}: give one under {' or '.join(map(repr, SOURCES[kind]))}")
-    return source
 
 
 def content_with_pictures(text: str, pictures: Sequence[Picture]) -> str | list[dict[str, Any]]:
@@ -117,35 +57,6 @@ def as_pictures(images: Sequence, videos: Sequence) -> list[Picture]:
     return pictures
 
 
-def _read(picture: Picture, settings: VisionSettings) -> Visual:
-    if picture.kind == "video":
-        return video_visual(*read_video(picture.source, settings, picture.fps), settings)
-    pixels = read_image(picture.source)
-    return image_visual(resize(pixels, image_size(*pixels.shape[:2], settings)), settings)
-
-
-def expand(text: str, visuals: Sequence[Visual]) -> str:
-    """The prompt with each mark of the template replaced by the placeholders of its picture.
-
-    An image's <|image_pad|> is repeated. A video's <|vision_start|><|video_pad|><|vision_end|> becomes, for each temporal patch,
-    its time and such a triple with as many pads as the patch has tokens. UserError for more or fewer marks than pictures.
-    """
-    waiting = {kind: [v for v in visuals if v.kind == kind] for kind in PADS}
-    for kind, pad in PADS.items():
-        marks, given = text.count(pad), len(waiting[kind])
-        if marks != given:
-            raise UserError(f"the prompt has {marks} marks for {kind}s ({pad}), but of {kind}s {given} are given")
-
-    def placeholders(match: re.Match) -> str:
-        if match[0] == PADS["image"]:
-            return PADS["image"] * waiting["image"].pop(0).tokens
-        video = waiting["video"].pop(0)
-        triple = START + PADS["video"] * video.frame_tokens + END
-        return "".join(f"<{seconds:.1f} seconds>{triple}" for seconds in video.seconds)
-
-    return MARK.sub(placeholders, text)
-
-
 @dataclasses.dataclass(frozen=True)
 class Placed:
     """One prompt's pictures at their places: M-RoPE positions int32 [3, T], what added to a later token's index is its position,
@@ -155,16 +66,6 @@ class Placed:
     offset: int
     spans: list[Span]
     rows: list[np.ndarray]
-
-
-def check_tokens(token_ids: Sequence[int], visuals: Sequence[Visual], config: ModelConfig) -> None:
-    """UserError where the tokenizer's placeholders are not those of the model: with another model's tokenizer."""
-    for kind, token in (("image", config.image_token_id), ("video", config.video_token_id)):
-        wanted = sum(v.tokens for v in visuals if v.kind == kind)
-        if visuals and token_ids.count(token) != wanted:
-            raise UserError(
-                f"this tokenizer's {PADS[kind]} is not the model's {kind}_token_id ({token}): pictures cannot be placed"
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,7 +78,7 @@ class Vision:
     def read(self, pictures: Sequence[Picture], **options) -> list[Visual]:
         """Reads, resizes and cuts pictures; options: those of `VisionSettings.changed`. UserError for what is wrong with one."""
         settings = self.settings.changed(**options)
-        return [_read(p, settings) for p in pictures]
+        return [read_picture(p, settings) for p in pictures]
 
     def place(self, prompts: Sequence[Prepared]) -> list[Placed | None]:
         """Each prompt's pictures through the vision tower, all prompts' together; None for a prompt of text."""

@@ -12,7 +12,7 @@ import numpy as np
 from qwen35_jax.model import VisionModel
 from qwen35_jax.program import Program, abstract_array, make_program, placing
 from qwen35_jax.sharding import to_host
-from qwen35_jax.vision_io import Visual
+from qwen35_jax.vision_io import Visual, patch_places
 
 SMALLEST_ROW = 256
 # Frames that are smaller share a row of up to so many patches.
@@ -119,14 +119,7 @@ def _arrays(visuals: Sequence[Visual], batch: list[list[Frame]], rows: int, leng
             visual = visuals[frame.visual]
             here = slice(place, place + frame.stop - frame.start)
             patches[r, here] = visual.patches[frame.start : frame.stop]
-            places[r, here] = _places(visual.grid[1], visual.grid[2], visual.merge)
+            places[r, here] = patch_places(*visual.grid[1:], visual.merge)
             segments[r, here] = number
             place = here.stop
     return patches, places, segments
-
-
-def _places(height: int, width: int, merge: int) -> np.ndarray:
-    """int32 [height * width, 4]: row and column of each patch in the merger's order, height and width."""
-    place = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
-    place = place.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
-    return np.concatenate([place, np.broadcast_to([height, width], place.shape)], axis=1).astype(np.int32)

@@ -52,3 +52,10 @@ def _patches(frames: np.ndarray, settings: VisionSettings) -> tuple[np.ndarray, 
     x = frames.reshape(time, step, height // merge, merge, side, width // merge, merge, side, frames.shape[3])
     x = x.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
     return x.reshape(time * height * width, -1), (time, height, width)
+
+
+def patch_places(height: int, width: int, merge: int) -> np.ndarray:
+    """int32 [height * width, 4]: row and column of each patch in the merger's order, height and width."""
+    place = np.stack(np.meshgrid(np.arange(height), np.arange(width), indexing="ij"), axis=-1)
+    place = place.reshape(height // merge, merge, width // merge, merge, 2).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    return np.concatenate([place, np.broadcast_to([height, width], place.shape)], axis=1).astype(np.int32)

@@ -11,9 +11,9 @@ from PIL import Image
 
 import qwen35_jax
 from qwen35_jax import UserError
-from qwen35_jax.generate.multimodal import Picture, Prepared, collect_pictures, content_with_pictures, expand
+from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
 from qwen35_jax.model import FrameQueue, vision_positions
-from qwen35_jax.vision_io import Visual
+from qwen35_jax.vision_io import Picture, Visual, collect_pictures, expand
 from tests.vision_checkpoint import IMAGE, VIDEO, picture, write_checkpoint
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_new_tokens": 6}
