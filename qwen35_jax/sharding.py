@@ -196,8 +196,8 @@ class Sharding:
                 replaced[letter] = ("model",) if all(n % self.model == 0 for n in sizes) else ()
         return self.spec(axes, **replaced)
 
-    def fully_sharded(self, spec: P, shape: tuple[int, ...], whole: int = 0) -> P:
-        """`spec` with the data axes that it leaves unused put on the longest dimension they divide (ZeRO-3, FSDP).
+    def fully_sharded(self, spec: P, shape: tuple[int, ...], whole: int = 0, axes: tuple[str, ...] = ("replica", "data")) -> P:
+        """`spec` with those of `axes` that it leaves unused put on the longest dimension they divide (ZeRO-3, FSDP).
 
         The first `whole` dimensions (stacked units) stay as they are: a scan takes slices along them. What no dimension
         can be divided by stays replicated.
@@ -205,8 +205,8 @@ class Sharding:
         given = [*spec, *[None] * (len(shape) - len(spec))]
         entries = [(e,) if isinstance(e, str) else tuple(e or ()) for e in given]
         used = {axis for entry in entries for axis in entry}
-        for axes in (("replica", "data"), ("data",), ("replica",)):
-            free = tuple(a for a in axes if a not in used and self.mesh.shape[a] > 1)
+        for candidates in (axes, *((axis,) for axis in reversed(axes))):
+            free = tuple(a for a in candidates if a not in used and self.mesh.shape[a] > 1)
             ways = _product(self.mesh.shape[a] for a in free)
             fits = [i for i in range(whole, len(shape)) if not entries[i] and shape[i] % ways == 0]
             if free and fits:

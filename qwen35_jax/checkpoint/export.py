@@ -55,14 +55,15 @@ def export_hf(
     """Writes a directory that transformers and `load` read. All processes call it together; the first one writes.
 
     Args:
-        params: the model's parameters, stacked or unrolled, in any float dtype and sharding; with `mtp` or without.
+        params: the model's parameters, stacked or unrolled, in any float dtype and sharding; with `mtp` or without; "vision" may
+            hold those of its vision tower.
         config: of the model.
         directory: to make, local or gs://. It must not exist, and appears only when it is complete.
         template_dir: where tokenizer, chat template, generation settings and licence are copied from.
         dtype: of the tensors, bfloat16 or float32. Decay rates and gated norms are float32 always, as published.
         hf_config: the config.json that the model was loaded with; without it one is made from `config`.
-        vision_source: the checkpoint whose vision tower, if it has one, is copied unchanged. Without one the export is text
-            alone.
+        vision_source: the checkpoint whose vision tower, if it has one and `params` have none, is copied unchanged. Without
+            either the export is text alone.
 
     On the host there is one tensor at a time. Raises UserError where `directory` exists or cannot be written, and
     ValueError where `params` or `hf_config` are not those of `config`.
@@ -70,9 +71,10 @@ def export_hf(
     if dtype not in ("bfloat16", "float32"):
         raise UserError(f"cannot export as {dtype!r}; accepted are bfloat16 and float32")
     check_export_target(directory)
-    vision = _vision_tensors(vision_source, config)
+    vision = None if "vision" in params else _vision_tensors(vision_source, config)
+    sees = vision or "vision" in params
     described = config.replace(
-        vision=config.vision if vision else None, mtp_num_hidden_layers=int("mtp" in params), fp8_weights=False
+        vision=config.vision if sees else None, mtp_num_hidden_layers=int("mtp" in params), fp8_weights=False
     )
     text = json.dumps(_final_config(hf_config, described, dtype), indent=2, ensure_ascii=False) + "\n"
     export = _Export(params, config, np.dtype(dtype), vision)
@@ -99,7 +101,7 @@ class _Export:
 
     def __init__(self, params: dict, config: ModelConfig, dtype: np.dtype, vision: CanonicalSource | None):
         self.params, self.vision = params, vision
-        self.parts = tensor_parts(config, mtp="mtp" in params)
+        self.parts = tensor_parts(config, mtp="mtp" in params, vision="vision" in params)
         self.tensors: dict[str, Spec] = {}
         for name, parts in self.parts.items():
             self.tensors[name] = (np.dtype(np.float32) if name.endswith(FLOAT32) else dtype, parts[0][1].tensor_shape)
@@ -143,8 +145,11 @@ class _Export:
 
 def _leaf(params: dict, path: Path) -> tuple[jax.Array, int | None]:
     """The array that holds a parameter and, where units are stacked in it, the parameter's unit."""
-    stacked = path[0] == "units" and isinstance(params["units"], dict)
-    keys, unit = ((path[0], *path[2:]), path[1]) if stacked else (path, None)
+    keys, unit = path, None
+    if path[:2] == ("vision", "blocks"):
+        keys, unit = (*path[:2], *path[3:]), path[2]
+    elif path[0] == "units" and isinstance(params["units"], dict):
+        keys, unit = (path[0], *path[2:]), path[1]
     leaf: Any = params
     for key in keys:
         if isinstance(leaf, dict) and key not in leaf:
@@ -265,6 +270,14 @@ def to_hf_config(config: ModelConfig) -> dict[str, Any]:
     tokens = {name: getattr(config, name) for name in ("image_token_id", "video_token_id")}
     result |= {name: token for name, token in tokens.items() if token is not None}
     return result
+
+
+def vision_hf_config(hf_config: Mapping[str, Any] | None, config: ModelConfig) -> dict[str, Any] | None:
+    """A config.json of a model without a vision tower, with the tower of `config` in it; None where it is not of that form."""
+    if hf_config is None or "text_config" not in hf_config:
+        return None
+    made = to_hf_config(config)
+    return {**hf_config, **{name: made[name] for name in ("architectures", "vision_config", "image_token_id", "video_token_id")}}
 
 
 def _rope_parameters(config: ModelConfig) -> dict[str, Any]:

@@ -264,10 +264,16 @@ def _flatten(tree: dict, prefix: Path = ()):
         yield from [(path, value)] if isinstance(value, View) else _flatten(value, path)
 
 
-def tensor_parts(config: ModelConfig, *, mtp: bool = True) -> dict[str, list[tuple[Path, View]]]:
-    """For every Hugging Face tensor the parameters that together fill it: what an export joins with `View.put`."""
+def tensor_parts(config: ModelConfig, *, mtp: bool = True, vision: bool = False) -> dict[str, list[tuple[Path, View]]]:
+    """For every Hugging Face tensor the parameters that together fill it: what an export joins with `View.put`.
+
+    `vision`: those of the vision tower too, whose paths begin with "vision".
+    """
     parts: dict[str, list[tuple[Path, View]]] = {}
-    for path, view in parameter_views(config, mtp=mtp).items():
+    views = parameter_views(config, mtp=mtp)
+    if vision:
+        views |= {("vision", *path): view for path, view in vision_views(config).items()}
+    for path, view in views.items():
         parts.setdefault(view.name, []).append((path, view))
     return parts
 

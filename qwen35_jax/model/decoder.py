@@ -131,7 +131,14 @@ class Model:
         x, state = apply_units(unit, params["units"], (self.embed(params, tokens, vision), state))
         return self._merge("final_norm", params["final_norm"])(x), state
 
-    def trained_hidden(self, params: dict, tokens: jax.Array, inputs: Inputs, wrap: Callable[[Callable], Callable]):
+    def trained_hidden(
+        self,
+        params: dict,
+        tokens: jax.Array,
+        inputs: Inputs,
+        wrap: Callable[[Callable], Callable],
+        vision: VisionRows | None = None,
+    ):
         """Token ids [B, T] -> (hidden states after the final norm [B, T, D], the load of all layers' experts or None).
 
         `wrap` is put around the function of one unit, (its parameters, x) -> (x, load): rematerialisation, and what is
@@ -151,7 +158,7 @@ class Model:
 
         experts = self.config.num_experts
         load = RouterLoad(jnp.zeros(experts), jnp.zeros(experts)) if experts else None
-        x, load = apply_units(step, params["units"], (self.embed(params, tokens), load))
+        x, load = apply_units(step, params["units"], (self.embed(params, tokens, vision), load))
         return self._merge("final_norm", params["final_norm"])(x), load
 
     def layer_outputs(self, params: dict, tokens: jax.Array, inputs: Inputs, vision: VisionRows | None = None) -> jax.Array:
@@ -177,10 +184,18 @@ class Model:
         logits = linear(hidden, self.head(params), "BTD,VD->BTV", out_dtype=jnp.float32, implementation=self.forms.linear)
         return self.sharding.constrain(logits, "B T V")
 
-    def mtp_hidden(self, params: dict, hidden: jax.Array, next_tokens: jax.Array, inputs: Inputs, cache: dict | None = None):
-        """Hidden states [B, T, D] of positions i and token ids [B, T] of i+1 -> (states [B, T, D] that `logits` turns into
-        predictions of the tokens i+2, the layer's cache, the load of its experts or None)."""
-        return self._merge("mtp", params["mtp"])(hidden, self.embed(params, next_tokens), inputs, cache)
+    def mtp_hidden(
+        self,
+        params: dict,
+        hidden: jax.Array,
+        next_tokens: jax.Array,
+        inputs: Inputs,
+        cache: dict | None = None,
+        vision: VisionRows | None = None,
+    ):
+        """Hidden states [B, T, D] of positions i and token ids [B, T] of i+1 (with `vision` at them) -> (states [B, T, D] that
+        `logits` turns into predictions of the tokens i+2, the layer's cache, the load of its experts or None)."""
+        return self._merge("mtp", params["mtp"])(hidden, self.embed(params, next_tokens, vision), inputs, cache)
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from flax import nnx
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model import params as P
+from qwen35_jax.model.inputs import VisionRows
 from qwen35_jax.model.params import declare
 from qwen35_jax.model.unit import apply_units
 from qwen35_jax.ops.attention import attention
@@ -26,7 +28,7 @@ from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.norm import layer_norm
 from qwen35_jax.ops.rotary import apply_rotary
 from qwen35_jax.ops.segments import segment_ends
-from qwen35_jax.sharding import Sharding
+from qwen35_jax.sharding import AXIS_RULES, Sharding
 
 ROPE_THETA = 10000.0
 # Pixels 0 to 255 become (x - CENTRE) / CENTRE: the processor's rescaling by 1/255, mean 0.5 and deviation 0.5 in one.
@@ -221,7 +223,14 @@ class VisionModel:
         stacked = P.stack(trees, P.abstract(blocks, self.sharding, self.config.vision.depth))
         return P.initialise(tree, self.sharding, seed, scale) | {"blocks": stacked}
 
-    def __call__(self, params: dict, patches: jax.Array, places: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        params: dict,
+        patches: jax.Array,
+        places: jax.Array,
+        segment_ids: jax.Array,
+        wrap: Callable[[Callable], Callable] = lambda block: block,
+    ) -> jax.Array:
         """Rows of the text model's width for packed frames.
 
         Args:
@@ -229,6 +238,7 @@ class VisionModel:
             patches: uint8 [I, T, channels * frames * height * width], pixels of each patch.
             places: int32 [I, T, 4], row and column of the patch and height and width of its frame, in patches.
             segment_ids: int32 [I, T], the patch's frame, non-decreasing; 0 = padding at the end.
+            wrap: put around the function of one block, (its parameters, x) -> x; for training.
 
         Returns [I, T / merge^2, out_hidden_size] in the config's dtype; rows of padding mean nothing.
         """
@@ -237,11 +247,24 @@ class VisionModel:
         cos, sin = self._angles(places)
         ends = jnp.where(segment_ids > 0, segment_ends(segment_ids), -1)
 
-        def block(block_params, _, x):
-            return modules["blocks"](block_params)(x, cos, sin, segment_ids, ends)
-
-        x = apply_units(block, params["blocks"], x)
+        block = wrap(lambda block_params, x: modules["blocks"](block_params)(x, cos, sin, segment_ids, ends))
+        x = apply_units(lambda block_params, _, x: block(block_params, x), params["blocks"], x)
         return modules["merger"](params["merger"])(x)
+
+    def laid(self, rows: jax.Array, index: jax.Array) -> VisionRows:
+        """The tower's rows [I, P, D] where tokens want them: index int32 [B, T], counted over all I x P, or -1.
+
+        Rows of the tower are spread over devices as they come, whatever text they belong to: each device gathers them all, and
+        takes those of its own tokens. Their gradients are summed on the way back.
+        """
+        names = AXIS_RULES[self.layout.rows]
+
+        def local(rows, index):
+            rows = jax.lax.all_gather(rows, names, tiled=True)
+            return rows.reshape(-1, rows.shape[-1])[jnp.maximum(index, 0)]
+
+        specs = (self.layout.axes("I T D"), "B T")
+        return VisionRows(self.sharding.shard_map(local, specs, "B T D")(rows, index), index >= 0)
 
     def _angles(self, places: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and sin [I, T, H/2] float32: the first half of the pairs turns with the row, the second with the column."""

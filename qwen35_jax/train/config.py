@@ -31,6 +31,7 @@ def default_config() -> ConfigDict:
     c.model.revision = ""  # of a hub id
     c.model.random_weights = False  # random numbers in place of the stored ones
     c.model.changes = ConfigDict()  # other values for fields of ModelConfig, given in a file; needs random_weights
+    c.model.vision = ConfigDict()  # fields of VisionConfig, given in a file: a new, random tower for a model without one
     c.model.tokenizer = ""  # directory of tokenizer and chat template; default: the source's
 
     c.data = ConfigDict()
@@ -43,6 +44,11 @@ def default_config() -> ConfigDict:
     c.data.bad_lines = "stop"  # stop | skip
     c.data.shuffle_seed = 0  # of the order of the documents
     c.data.epochs = 0  # 0: as many as `steps` asks for
+    c.data.patches = 0  # patches of a packed row of the vision tower; 0: no pictures in the data, and no tower
+    c.data.patch_rows = 8  # such rows of one optimizer step, over all devices
+    c.data.max_pixels = 0  # of an image, and of a frame; 0: as the checkpoint's files say, and so for the next two
+    c.data.fps = 0.0  # frames of a second of video that are looked at
+    c.data.max_frames = 0  # of a video
 
     c.loss = ConfigDict()
     c.loss.balance = -1.0  # coefficient of the experts' load balancing; below 0: router_aux_loss_coef of the model
@@ -84,6 +90,7 @@ def default_config() -> ConfigDict:
     c.checkpoint.best_metric = "eval/loss"  # eval/loss | eval/mtp_loss | loss | mtp_loss
     c.lock()
     c.model.changes.unlock()
+    c.model.vision.unlock()
     return c
 
 
@@ -102,12 +109,12 @@ def check_config(c: ConfigDict) -> None:
         if _get(c, field) not in accepted:
             raise UserError(f"config.{field} is {_get(c, field)!r}; accepted are {', '.join(accepted)}")
     at_least_one = ("steps", "accumulate", "stop_after_skipped", "log_every", "data.sequence_length", "data.batch_size")
-    at_least_one += ("checkpoint.every", "checkpoint.keep_last")
+    at_least_one += ("checkpoint.every", "checkpoint.keep_last", "data.patch_rows")
     for field in at_least_one:
         if _get(c, field) < 1:
             raise UserError(f"config.{field} is {_get(c, field)}; it must be at least 1")
     at_least_zero = ("data.epochs", "loss.mtp", "loss.z", "lora.rank", "fp8.monitor_every", "eval_every")
-    at_least_zero += ("checkpoint.keep_best",)
+    at_least_zero += ("checkpoint.keep_best", "data.patches", "data.max_pixels", "data.fps", "data.max_frames")
     for field in at_least_zero:
         if not 0 <= _get(c, field) < math.inf:
             raise UserError(f"config.{field} is {_get(c, field)}; it must be a number and not negative")
@@ -117,6 +124,10 @@ def check_config(c: ConfigDict) -> None:
         raise UserError(f"config.loss.balance is {c.loss.balance}; it must be a number (below 0: the model's own coefficient)")
     if c.data.batch_size % c.accumulate:
         raise UserError(f"config.data.batch_size ({c.data.batch_size}) must be a multiple of accumulate ({c.accumulate})")
+    if c.data.patches and c.data.patch_rows % c.accumulate:
+        raise UserError(f"config.data.patch_rows ({c.data.patch_rows}) must be a multiple of accumulate ({c.accumulate})")
+    if c.model.vision and not c.data.patches:
+        raise UserError("config.model.vision makes a vision tower, which only pictures train: set config.data.patches")
     if not c.data.train:
         raise UserError("config.data.train names no files: give JSONL files, such as --config.data.train='(\"mine.jsonl\",)'")
     if c.model.changes and not c.model.random_weights:

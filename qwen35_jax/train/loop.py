@@ -61,8 +61,10 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
         run = make_run(config, find_origin(config))
         tokenizer, template = run.tokenizer(), run.template()
         quiet = jax.process_index() > 0
-        data = make_data(config.data, tokenizer, template, quiet=quiet)
-        evaluation = make_data(config.data, tokenizer, template, train=False, quiet=quiet) if config.data.eval else None
+        options = {"quiet": quiet, "reader": run.pictures(config.accumulate)}
+        data = make_data(config.data, tokenizer, template, **options)
+        options |= {"train": False, "reader": run.pictures()}
+        evaluation = make_data(config.data, tokenizer, template, **options) if config.data.eval else None
     record = {"config": json.loads(config.to_json()), "seed": config.seed}
     saved = config.checkpoint
     with (
@@ -178,14 +180,11 @@ class _Loop:
     def _placed(self, batch: dict[str, np.ndarray], parts: int = 1) -> dict[str, jax.Array]:
         """The batch on the devices: every process has all of it and gives its own devices their rows."""
 
-        def put(x: np.ndarray) -> jax.Array:
-            axes = "B T" if parts == 1 else "X B T"
-            sharding = self.run.model.sharding
-            place = jax.sharding.NamedSharding(sharding.mesh, sharding.spec(axes))
-            x = x if parts == 1 else x.reshape(parts, -1, x.shape[-1])
-            return jax.make_array_from_callback(x.shape, place, lambda index: x[index])
+        def put(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+            x = x.reshape(like.shape)
+            return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
 
-        return {name: put(x) for name, x in batch.items()}
+        return {name: put(batch[name], like) for name, like in self.run.batch(parts).items()}
 
     def _evaluate(self, eval_step: Callable) -> dict[str, float]:
         """The losses over all of the evaluation data."""

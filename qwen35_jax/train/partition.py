@@ -14,7 +14,8 @@ import jax
 from flax import nnx
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.model import Model
+from qwen35_jax.model import Model, VisionModel
+from qwen35_jax.sharding import MESH_AXES, Sharding
 
 # In front of a matrix these letters count independent matrices: units, experts, halves of the MTP projection.
 BATCH_AXES = frozenset("UEG")
@@ -29,22 +30,33 @@ class MatrixAxes:
 
 
 def matrix_axes(axes: str) -> MatrixAxes | None:
-    """'U D K H' -> 1 batch axis, 1 input axis (D to K x H); 'N H D': 0 and 2. None for vectors and convolution windows.
+    """'U D K H' -> 1 batch axis, 1 input axis (D to K x H); 'N H D': 0 and 2. None for vectors, biases of heads and convolution
+    windows.
 
-    The side of D, or of the rank R of a LoRA factor, is one axis; heads and their width are two.
+    One side is D, or the rank R of a LoRA factor, one axis alone; heads and their width are two, a patch's pixels four.
     """
     letters = axes.split()
     batch = next((i for i, letter in enumerate(letters) if letter not in BATCH_AXES), len(letters))
     sides = letters[batch:]
-    if len(sides) < 2 or "W" in sides:
+    if len(sides) < 2 or "W" in sides or not {"D", "R"} & set(sides):
         return None
     return MatrixAxes(batch, 1 if sides[0] in ("D", "R") else len(sides) - 1)
 
 
-def logical_axes(model: Model) -> dict:
-    """The axes of each parameter, such as "V D", in the structure of the stacked parameters; those of units begin with "U"."""
-    tree = jax.tree.map(lambda p: p.axes, model.declarations(), is_leaf=lambda x: isinstance(x, nnx.Param))
-    return tree | {"units": jax.tree.map(lambda axes: f"U {axes}", tree["units"])}
+def logical_axes(model: Model, tower: VisionModel | None = None) -> dict:
+    """The axes of each parameter, such as "V D", in the structure of the stacked parameters; those of units, and of the blocks of
+    a vision tower, begin with "U". They say what a parameter is, on any mesh."""
+    tree = _axes(model.declarations(), "units")
+    if tower is None:
+        return tree
+    # A tower's own letters are those of its layout: of the mesh where nothing is cut, they name every side.
+    single = Sharding(jax.sharding.AbstractMesh((1, 1, 1), MESH_AXES))
+    return tree | {"vision": _axes(VisionModel(tower.config, single).declarations(), "blocks")}
+
+
+def _axes(declarations: dict, stacked: str) -> dict:
+    tree = jax.tree.map(lambda p: p.axes, declarations, is_leaf=lambda x: isinstance(x, nnx.Param))
+    return tree | {stacked: jax.tree.map(lambda axes: f"U {axes}", tree[stacked])}
 
 
 def flatten(tree: dict) -> dict[str, Any]:

@@ -11,19 +11,29 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from qwen35_jax.checkpoint import CanonicalSource, TensorSource, load_params, open_source, source_has_mtp
+from qwen35_jax.checkpoint import (
+    CanonicalSource,
+    TensorSource,
+    load_params,
+    load_vision_params,
+    open_source,
+    source_has_mtp,
+    source_has_vision,
+)
 from qwen35_jax.config import ASSETS, PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.model import Model
+from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
 from qwen35_jax.text import ChatTemplate, Tokenizer
+from qwen35_jax.train.data import PatchShape, PictureReader
 from qwen35_jax.train.fp8 import fp8_layers
 from qwen35_jax.train.lora import abstract_lora, init_lora, lora_axes
 from qwen35_jax.train.optimizer import learning_rate, make_optimizer, state_shardings
 from qwen35_jax.train.partition import flatten, join, logical_axes, split, unflatten
-from qwen35_jax.train.step import Loss, make_eval_step, make_monitor_step, make_train_step
-from qwen35_jax.train.weights import LoraWeights, Weights, kept_params
+from qwen35_jax.train.step import Loss, abstract_batch, make_eval_step, make_monitor_step, make_train_step
+from qwen35_jax.train.vision import added_tower, make_tower, settings
+from qwen35_jax.train.weights import LoraWeights, Weights, kept_params, wanted_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +67,10 @@ def find_origin(config: ConfigDict) -> Origin:
         source = None
     if c.changes:
         model, hf_config = _changed(model, c.changes), None
-    return Origin(model.replace(dtype=config.dtype), source, hf_config, c.tokenizer or directory)
+    directory = c.tokenizer or directory
+    if c.vision:
+        model, hf_config = added_tower(model, hf_config, source, c.vision, directory)
+    return Origin(model.replace(dtype=config.dtype), source, hf_config, directory)
 
 
 def _changed(model: ModelConfig, changes: ConfigDict) -> ModelConfig:
@@ -84,26 +97,38 @@ class Run:
         return self.loss.model
 
     @property
-    def rows(self) -> int:
-        return self.config.data.batch_size
+    def tower(self) -> VisionModel | None:
+        """The vision tower of a run with pictures."""
+        return self.loss.tower
+
+    def batch(self, parts: int = 1) -> dict:
+        """The abstract arrays of a batch that is run in so many parts."""
+        d = self.config.data
+        patches = {"tower": self.tower, "patches": (d.patch_rows, d.patches)}
+        return abstract_batch(self.model, d.batch_size, d.sequence_length, parts, **patches)
 
     def train_step(self):
         """The `Program` of one optimizer step."""
-        c = self.config
-        return make_train_step(
-            self.loss, self.optimizer, self.schedule, self.state, self.rows, c.data.sequence_length, c.accumulate
-        )
+        parts = self.config.accumulate
+        return make_train_step(self.loss, self.optimizer, self.schedule, self.state, self.batch(parts), parts)
 
     def eval_step(self):
         """The `Program` of the evaluation of one batch."""
-        return make_eval_step(self.loss, self.state["params"], self.state["frozen"], self.rows, self.config.data.sequence_length)
+        return make_eval_step(self.loss, self.state["params"], self.state["frozen"], self.batch())
 
     def monitor_step(self):
         """The `Program` of the FP8 monitor on one batch."""
-        c = self.config
-        return make_monitor_step(
-            self.loss, self.state["params"], self.state["frozen"], self.rows, c.data.sequence_length, c.accumulate
-        )
+        parts = self.config.accumulate
+        return make_monitor_step(self.loss, self.state["params"], self.state["frozen"], self.batch(parts), parts)
+
+    def pictures(self, parts: int = 1) -> PictureReader | None:
+        """What reads the pictures of batches that are run in so many parts; None in a run of text."""
+        if self.tower is None:
+            return None
+        d, v = self.config.data, self.model.config.vision
+        width = v.in_channels * v.temporal_patch_size * v.patch_size**2
+        shape = PatchShape(d.patch_rows, d.patches, width, v.spatial_merge_size, parts)
+        return PictureReader(self.model.config, settings(d, self.origin.tokenizer_dir, v), shape)
 
     def tokenizer(self) -> Tokenizer:
         """UserError where the directory has none, or one with more ids than the model."""
@@ -125,7 +150,9 @@ class Run:
         if not self.config.lora.rank:
             return join(state["params"], state["frozen"])
         weights = self.loss.weights
-        return jax.jit(weights.merged, out_shardings=_shardings(kept_params(self.model)))(state["params"], state["frozen"])
+        return jax.jit(weights.merged, out_shardings=_shardings(kept_params(self.model, self.tower)))(
+            state["params"], state["frozen"]
+        )
 
 
 def frozen_paths(config: ConfigDict, model: ModelConfig) -> tuple[str, ...]:
@@ -143,13 +170,14 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
         text = f"config.data.batch_size ({config.data.batch_size}) must be a multiple of {ways}"
         raise UserError(f"{text}: {sharding.batch} data shards x accumulate {config.accumulate}")
     model = Model(origin.config, sharding, resolve_forms(sharding.mesh, origin.config, config.kernels))
-    axes, kept = logical_axes(model), kept_params(model)
+    tower = make_tower(config, model)
+    axes, kept = logical_axes(model, tower), kept_params(model, tower)
     if config.lora.rank:
-        unit_axes = axes | {"units": jax.tree.map(lambda a: a.removeprefix("U "), axes["units"])}
-        weights = LoraWeights(model, config=config.lora, axes=unit_axes)
+        weights = LoraWeights(model, config=config.lora, axes=axes, tower=tower)
         axes, trained, frozen = lora_axes(axes, config.lora), abstract_lora(kept, axes, config.lora), kept
     else:
-        weights = Weights(model, fp8_layers(model, tuple(config.fp8.hold)) if config.fp8.enabled else None)
+        fp8 = fp8_layers(model, tuple(config.fp8.hold)) if config.fp8.enabled else None
+        weights = Weights(model, fp8, tower=tower)
         trained, frozen = split(kept, frozen_paths(config, origin.config))
         axes, _ = split(axes, frozen_paths(config, origin.config))
     optimizer = make_optimizer(config.optimizer, config.steps, axes, trained)
@@ -160,13 +188,13 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
     best = config.checkpoint.best_metric
     if config.checkpoint.keep_best and "mtp" in best and not loss.has_mtp:
         raise UserError(f"config.checkpoint.best_metric is {best}, but this run has no such loss: see config.loss.mtp")
-    state = _abstract_state(sharding, optimizer, trained, _in_dtype(frozen, model))
+    state = _abstract_state(sharding, optimizer, trained, _in_dtype(frozen, wanted_params(model, tower)))
     return Run(config, origin, loss, optimizer, learning_rate(config.optimizer, config.steps), state)
 
 
-def _in_dtype(frozen: dict, model: Model) -> dict:
+def _in_dtype(frozen: dict, wanted: dict) -> dict:
     """What is not trained needs no more digits than the model computes with."""
-    wanted = flatten(model.abstract_params(stacked=True))
+    wanted = flatten(wanted)
 
     def leaf(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, wanted[path].dtype, sharding=x.sharding)
@@ -184,15 +212,19 @@ def _abstract_state(sharding: Sharding, optimizer, trained: dict, frozen: dict) 
 
 def initial_state(run: Run) -> dict:
     """The train state before the first step: weights read from the origin or drawn, on the devices that hold them."""
-    kept = kept_params(run.model)
-    if run.origin.source is None:
-        master = Model(run.model.config.replace(dtype="float32"), run.model.sharding, run.model.forms)
-        drawn = master.init_params(run.config.seed, stacked=True)
-        params = jax.jit(lambda x: x, out_shardings=_shardings(kept))(drawn)
-    else:
-        params = load_params(run.origin.source, run.origin.config, kept, progress=jax.process_index() == 0)
+    kept = kept_params(run.model, run.tower)
+    params = _stored(run, kept)
+    master, seed = run.model.config.replace(dtype="float32"), run.config.seed
+    drawn = {}
+    if not params:
+        drawn = Model(master, run.model.sharding, run.model.forms).init_params(seed, stacked=True)
+    if run.tower and "vision" not in params:
+        drawn["vision"] = VisionModel(master, run.model.sharding, run.tower.forms).init_params(seed)
+    if drawn:
+        places = _shardings({name: kept[name] for name in drawn})
+        params = params | jax.jit(lambda x: x, out_shardings=places)(drawn)
     if run.config.lora.rank:
-        axes = logical_axes(run.model)
+        axes = logical_axes(run.model, run.tower)
         trained, frozen = init_lora(run.config.seed, kept, axes, run.config.lora), params
     else:
         trained, frozen = split(params, frozen_paths(run.config, run.model.config))
@@ -200,6 +232,17 @@ def initial_state(run: Run) -> dict:
     opt = jax.jit(run.optimizer.init, out_shardings=_shardings(run.state["opt"]))(trained)
     counters = {n: jax.device_put(jnp.int32(0), run.state[n].sharding) for n in ("step", "skipped", "skipped_in_a_row")}
     return {"params": trained, "frozen": frozen, "opt": opt} | counters
+
+
+def _stored(run: Run, kept: dict) -> dict:
+    """What the origin's checkpoint holds of the parameters: nothing, those of text, or all."""
+    source, config, progress = run.origin.source, run.origin.config, jax.process_index() == 0
+    if source is None:
+        return {}
+    params = load_params(source, config, {n: tree for n, tree in kept.items() if n != "vision"}, progress=progress)
+    if run.tower and source_has_vision(CanonicalSource(source, config)):
+        params["vision"] = load_vision_params(source, config, kept["vision"], progress=progress)
+    return params
 
 
 def _shardings(tree: Any) -> Any:

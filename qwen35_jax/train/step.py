@@ -14,12 +14,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from qwen35_jax.model import Model
+from qwen35_jax.model import Model, VisionModel, VisionRows
 from qwen35_jax.ops.gated_delta import KEPT
 from qwen35_jax.ops.moe import balance_loss
 from qwen35_jax.ops.segments import segment_positions
@@ -50,6 +51,10 @@ class Loss:
         return self.weights.model
 
     @property
+    def tower(self) -> VisionModel | None:
+        return self.weights.tower
+
+    @property
     def has_mtp(self) -> bool:
         return self.mtp > 0 and self.model.config.mtp_num_hidden_layers > 0
 
@@ -57,20 +62,23 @@ class Loss:
         """Sums over the tokens of a batch, before anything is divided: `nll` and `weight` of the next token, `square` of
         the z-loss, `mtp_nll`, `mtp_square` and `mtp_weight` of the next but one; and the experts' `balance` losses.
 
-        trained, frozen: as the train state has them. batch: tokens, segment_ids [B, T] int32 and loss_weights [B, T] float32.
+        trained, frozen: as the train state has them. batch: tokens, segment_ids [B, T] int32 and loss_weights [B, T] float32;
+        with a vision tower the rest of `abstract_batch`.
         """
         model, segments = self.model, batch["segment_ids"]
-        inputs = model.inputs(segment_positions(segments), segments)
         params = self.weights.top(self.weights.combine(trained, frozen))
-        params = params | {"units": self._units(params["units"])}
-        hidden, load = model.trained_hidden(params, batch["tokens"], inputs, self._wrap)
+        params = params | {"units": self._stack(params["units"], model.config.num_units)}
+        shown = self._shown(params, batch) if self.tower else None
+        positions = jnp.moveaxis(batch["positions"], 1, 0) if self.tower else segment_positions(segments)
+        inputs = model.inputs(positions, segments)
+        hidden, load = model.trained_hidden(params, batch["tokens"], inputs, self._wrap, shown)
         loads = [] if load is None else [load]
         result = self._named("", params, hidden, batch, 1)
         if self.has_mtp:
             following, known = next_tokens(batch)
             # The last token of a document has no next one: it is padding here, seen by nobody and routed nowhere.
             inputs = dataclasses.replace(inputs, segment_ids=jnp.where(known, segments, 0))
-            drafted, load = self._drafted(params, hidden, following, inputs)
+            drafted, load = self._drafted(params, hidden, following, inputs, shown and _next_rows(shown, known))
             loads += [] if load is None else [load]
             result |= self._named("mtp_", params, drafted, batch, 2)
         if loads:
@@ -97,10 +105,19 @@ class Loss:
         nll, square = cross_entropy(hidden, self.model.head(params), targets, weights, self.model.sharding)
         return {f"{prefix}nll": nll, f"{prefix}square": square, f"{prefix}weight": jnp.sum(weights)}
 
-    def _units(self, units: dict) -> dict | tuple:
+    def _shown(self, params: dict, batch: dict) -> VisionRows:
+        """The rows of the batch's pictures, at the places of their tokens."""
+        tower = self.weights.vision(params["vision"])
+        tower = tower | {"blocks": self._stack(tower["blocks"], self.tower.config.vision.depth)}
+        patches = (batch[name] for name in ("patches", "places", "frames"))
+        rows = self.tower(tower, *patches, lambda block: self._remat(lambda params, x: block(self.weights.block(params), x)))
+        return self.tower.laid(rows, batch["vision_rows"])
+
+    def _stack(self, trees: Any, count: int) -> Any:
+        """Stacked trees as `apply_units` takes them here."""
         if self.stacked:
-            return units
-        return tuple(jax.tree.map(lambda x, u=u: x[u], units) for u in range(self.model.config.num_units))
+            return trees
+        return tuple(jax.tree.map(lambda x, u=u: x[u], trees) for u in range(count))
 
     def _wrap(self, unit: Callable) -> Callable:
         return self._remat(lambda params, x: unit(self.weights.unit(params), x))
@@ -111,20 +128,50 @@ class Loss:
         # Inside a scan nothing can be merged with the forward pass anyway.
         return jax.checkpoint(function, policy=REMAT[self.remat], prevent_cse=not self.stacked)
 
-    def _drafted(self, params, hidden, following, inputs):
-        def layer(params, hidden, following, inputs):
-            drafted, _, load = self.model.mtp_hidden(params, hidden, following, inputs)
+    def _drafted(self, params, hidden, following, inputs, shown):
+        def layer(params, hidden, following, inputs, shown):
+            drafted, _, load = self.model.mtp_hidden(params, hidden, following, inputs, vision=shown)
             return drafted, load
 
         needed = {name: params[name] for name in ("embed", "mtp")}
-        return self._remat(layer)(needed, hidden, following, inputs)
+        return self._remat(layer)(needed, hidden, following, inputs, shown)
 
 
-def abstract_batch(model: Model, rows: int, length: int, parts: int = 1) -> dict:
-    """The arrays of one batch, [rows, length], or [parts, rows / parts, length] where it is run in parts."""
-    axes, shape = ("B T", (rows, length)) if parts == 1 else ("X B T", (parts, rows // parts, length))
-    dtypes = {"tokens": jnp.int32, "segment_ids": jnp.int32, "loss_weights": jnp.float32}
-    return {name: abstract_array(model.sharding, axes, shape, dtype) for name, dtype in dtypes.items()}
+def _next_rows(shown: VisionRows, known: jax.Array) -> VisionRows:
+    """Rows and mask of the next token, where it is of the same document."""
+    rows, mask = (jnp.roll(x, -1, axis=1) for x in (shown.rows, shown.mask))
+    return VisionRows(rows, mask & known)
+
+
+def abstract_batch(
+    model: Model, rows: int, length: int, parts: int = 1, *, tower: VisionModel | None = None, patches: tuple[int, int] = (0, 0)
+) -> dict:
+    """The arrays of one batch, [rows, length], or [parts, rows / parts, length] where it is run in parts.
+
+    tokens, segment_ids int32 and loss_weights float32. With a vision tower also the batch's `patches`, (rows of patches, their
+    length), which lie on the mesh as the tower has it, whatever rows of text they belong to; vision_rows int32 [rows, length] and
+    positions int32 [rows, 3, length]; see `Rows.batch`.
+    """
+    shapes = {
+        "tokens": ("B T", (rows, length), jnp.int32),
+        "segment_ids": ("B T", (rows, length), jnp.int32),
+        "loss_weights": ("B T", (rows, length), jnp.float32),
+    }
+    if tower is not None:
+        v, lie = tower.config.vision, tower.layout.axes
+        shapes |= {
+            "vision_rows": ("B T", (rows, length), jnp.int32),
+            "positions": ("B X T", (rows, 3, length), jnp.int32),
+            "patches": (lie("I T X"), (*patches, v.in_channels * v.temporal_patch_size * v.patch_size**2), jnp.uint8),
+            "places": (lie("I T X"), (*patches, 4), jnp.int32),
+            "frames": (lie("I T"), patches, jnp.int32),
+        }
+
+    def array(axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        axes, shape = (axes, shape) if parts == 1 else (f"X {axes}", (parts, shape[0] // parts, *shape[1:]))
+        return abstract_array(model.sharding, axes, shape, dtype)
+
+    return {name: array(*of) for name, of in shapes.items()}
 
 
 def make_train_step(
@@ -132,14 +179,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     state: dict,
-    rows: int,
-    length: int,
+    batch: dict,
     parts: int = 1,
 ) -> Program:
     """(state, batch) -> (state, metrics): one step of the optimizer over `parts` accumulated parts of a batch.
 
-    `state` is abstract. Metrics are float32 scalars, see `_metrics`. A step whose loss or gradient is not finite changes
-    nothing but the counters.
+    `state` and `batch` (see `abstract_batch`) are abstract. Metrics are float32 scalars, see `_metrics`. A step whose loss or
+    gradient is not finite changes nothing but the counters.
     """
 
     def train_step(state, batch):
@@ -165,25 +211,23 @@ def make_train_step(
         }
         return state | new | counters, metrics
 
-    batch = abstract_batch(loss.model, rows, length, parts)
     metrics = jax.eval_shape(train_step, state, batch)[1]
     scalar = abstract_array(loss.model.sharding, "", (), jnp.float32)
     return make_program(train_step, (state, batch), (state, jax.tree.map(lambda _: scalar, metrics)), 0)
 
 
-def make_eval_step(loss: Loss, params: dict, frozen: dict, rows: int, length: int) -> Program:
+def make_eval_step(loss: Loss, params: dict, frozen: dict, batch: dict) -> Program:
     """(params, frozen, batch) -> the sums of `Loss.sums`: their quotients over many batches are the evaluation's losses."""
 
     def eval_step(params, frozen, batch):
         return loss.sums(params, frozen, batch)
 
-    batch = abstract_batch(loss.model, rows, length)
     scalar = abstract_array(loss.model.sharding, "", (), jnp.float32)
     results = jax.tree.map(lambda _: scalar, jax.eval_shape(eval_step, params, frozen, batch))
     return make_program(eval_step, (params, frozen, batch), results, None)
 
 
-def make_monitor_step(loss: Loss, params: dict, frozen: dict, rows: int, length: int, parts: int = 1) -> Program:
+def make_monitor_step(loss: Loss, params: dict, frozen: dict, batch: dict, parts: int = 1) -> Program:
     """(params, frozen, batch) -> {path: {name: [units] or []}}: each FP8 layer's errors, of the first part of the batch."""
     weights = dataclasses.replace(loss.weights, statistics=True)
     loss = dataclasses.replace(loss, weights=weights)
@@ -193,7 +237,6 @@ def make_monitor_step(loss: Loss, params: dict, frozen: dict, rows: int, length:
         gradient = jax.grad(functools.partial(_part_loss, loss, loss.totals(batch), 1), has_aux=True)
         return weights.fp8.report(gradient(params, frozen, batch)[0])
 
-    batch = abstract_batch(loss.model, rows, length, parts)
     scalar = abstract_array(loss.model.sharding, "", (), jnp.float32)
     results = jax.tree.map(lambda _: scalar, jax.eval_shape(monitor_step, params, frozen, batch))
     return make_program(monitor_step, (params, frozen, batch), results, None)
@@ -205,7 +248,8 @@ def _part_loss(loss: Loss, totals: dict, parts: int, params: dict, frozen: dict,
 
 
 def _totals(loss: Loss, batch: dict, parts: int) -> dict:
-    return loss.totals(batch if parts == 1 else jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), batch))
+    texts = {name: batch[name] for name in ("tokens", "segment_ids", "loss_weights")}
+    return loss.totals(texts if parts == 1 else jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts))
 
 
 def _accumulated(gradient: Callable, state: dict, batch: dict, parts: int):

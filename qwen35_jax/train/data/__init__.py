@@ -4,6 +4,7 @@ from qwen35_jax.train.data.batches import TrainData, make_data
 from qwen35_jax.train.data.examples import EncodeOptions, Example, ExampleEncoder, encode_example
 from qwen35_jax.train.data.lines import JsonLines, Line, parse_line
 from qwen35_jax.train.data.packing import Document, Rows
+from qwen35_jax.train.data.pictures import PatchShape, PictureReader, Pictures
 
 __all__ = [
     "Document",
@@ -12,6 +13,9 @@ __all__ = [
     "ExampleEncoder",
     "JsonLines",
     "Line",
+    "PatchShape",
+    "PictureReader",
+    "Pictures",
     "Rows",
     "TrainData",
     "encode_example",

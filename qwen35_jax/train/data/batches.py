@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from qwen35_jax.train.config import MAX_SEED
 from qwen35_jax.train.data.examples import EncodeOptions, Example, ExampleEncoder
 from qwen35_jax.train.data.lines import JsonLines, Line, parse_line
 from qwen35_jax.train.data.packing import Document, Rows
+from qwen35_jax.train.data.pictures import PictureReader
 
 WAITING = 16  # documents without room that wait while shorter ones behind them fill a batch
 REPORTED = 5  # bad lines that are named in the log
@@ -23,7 +23,7 @@ THREADS = 2  # that encode ahead
 
 
 class TrainData(Iterator[dict[str, np.ndarray]]):
-    """Batches: `tokens` int32, `segment_ids` int32, `loss_weights` float32, each [B, T].
+    """Batches: `tokens` int32, `segment_ids` int32, `loss_weights` float32, each [B, T]; with pictures more, see `Rows.batch`.
 
     All processes pack the same batches, and the mesh says which rows go to the devices of each: they end at the same step,
     whatever axes of the mesh lie between them, and a run can be resumed with another number of processes. Where the data
@@ -44,6 +44,7 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         skip: bool,
         seed: int | None,
         quiet: bool = False,
+        reader: PictureReader | None = None,
     ):
         """Use `make_data`.
 
@@ -54,11 +55,13 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
             skip: whether bad lines are skipped; else the first one is raised.
             seed: of the stream's shuffling, None without.
             quiet: whether bad lines are counted only, and not named.
+            reader: of the pictures, where there may be some.
         """
         self._lines = lines
         self._stream = stream
         self._shape = shape
         self._skip, self._quiet = skip, quiet
+        self._reader = reader
         self._identity = {"lines": len(lines), "bytes": lines.size, "shuffle_seed": seed}
         self.documents = self.bad_lines = self.truncated = 0
         self._unusable = 0  # lines in a row
@@ -67,7 +70,7 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
 
     def __next__(self) -> dict[str, np.ndarray]:
         """Raises StopIteration behind the last epoch, UserError for a bad line (or if all are bad, where they are skipped)."""
-        rows = Rows(*self._shape)
+        rows = Rows(*self._shape, self._reader.shape.empty() if self._reader else ())
         self._waiting = [document for document in self._waiting if not document.place(rows)]
         while len(self._waiting) < WAITING and not rows.full:
             try:
@@ -109,6 +112,8 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         rows, length = self._shape
         # About the documents of one batch, so that it is ready when the step before it ends; the bound is for books.
         ahead = min(max(rows * length // 256, 16), 1024)
+        if self._reader:
+            ahead = min(ahead, self._reader.read_ahead)
         return iter(self._stream[start:].to_iter_dataset(grain.ReadOptions(THREADS, ahead)))
 
     def _draw(self) -> Document | None:
@@ -131,8 +136,7 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         if isinstance(example, UserError):
             raise example
         if not example.splittable:
-            end = self._shape[1]
-            example = dataclasses.replace(example, tokens=example.tokens[:end], loss_weights=example.loss_weights[:end])
+            example = example.cut(self._shape[1])
         return Document(index, example, offset)
 
     def _skip_line(self, error: UserError) -> None:
@@ -156,17 +160,25 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
             )
 
 
-def make_data(config: Any, tokenizer: Tokenizer, template: ChatTemplate, *, train: bool = True, quiet: bool = False) -> TrainData:
+def make_data(
+    config: Any,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    *,
+    train: bool = True,
+    quiet: bool = False,
+    reader: PictureReader | None = None,
+) -> TrainData:
     """The batches of `config` (the `data` part of a run's configuration).
 
     Training data is shuffled anew in each of `config.epochs` epochs (0: without end); evaluation data passes once, in order.
-    `quiet`: bad lines that are skipped are not named, for all processes but one.
+    `quiet`: bad lines that are skipped are not named, for all processes but one. `reader`: for data with pictures in it.
     Raises UserError for files that are not there or empty, for settings that do not go together, and for a chat template
     whose assistant turns cannot be found.
     """
     if not 0 <= config.shuffle_seed <= MAX_SEED:
         raise UserError(f"data.shuffle_seed is {config.shuffle_seed}; it must be from 0 to {MAX_SEED}")
-    encoder = ExampleEncoder(tokenizer, template, EncodeOptions(config.loss_on, config.enable_thinking))
+    encoder = ExampleEncoder(tokenizer, template, EncodeOptions(config.loss_on, config.enable_thinking), reader)
     lines = JsonLines(config.train if train else config.eval)
     stream = grain.MapDataset.source(lines)
     if train:
@@ -178,12 +190,13 @@ def make_data(config: Any, tokenizer: Tokenizer, template: ChatTemplate, *, trai
         skip=config.bad_lines == "skip",
         seed=config.shuffle_seed if train else None,
         quiet=quiet,
+        reader=reader,
     )
 
 
 def _example(line: Line, encoder: ExampleEncoder) -> Example | UserError:
     """The example of a line; for a bad one the error is returned, so that it is counted when its turn comes."""
     try:
-        return encoder(parse_line(line))
+        return encoder(parse_line(line), line.folder)
     except UserError as error:
         return UserError(f"{line.where}: {error}")

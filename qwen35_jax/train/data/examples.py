@@ -12,6 +12,8 @@ import numpy as np
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import ChatTemplate, Tokenizer
+from qwen35_jax.train.data.pictures import PictureReader, Pictures
+from qwen35_jax.vision_io import Visual, collect_pictures, expand
 
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 ASSISTANT = TURN_START + "assistant\n"
@@ -39,40 +41,59 @@ class Example:
         tokens: int32 [T].
         loss_weights: float32 [T], the weight of each token as a target; the first one, which nothing predicts, has 0.
         splittable: whether a document that is too long may be cut into several; else it is cut off.
+        pictures: of a chat that has some.
     """
 
     tokens: np.ndarray
     loss_weights: np.ndarray
     splittable: bool
+    pictures: Pictures | None = None
+
+    def cut(self, end: int) -> Example:
+        """Its first `end` tokens."""
+        pictures = self.pictures and self.pictures.cut(end)
+        return Example(self.tokens[:end], self.loss_weights[:end], self.splittable, pictures)
 
 
 class ExampleEncoder:
-    """Turns records into examples: `encoder(record)`."""
+    """Turns records into examples: `encoder(record)`. `reader` reads the pictures of chats; None: they are errors."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, options: EncodeOptions = EncodeOptions()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        options: EncodeOptions = EncodeOptions(),
+        reader: PictureReader | None = None,
+    ):
         """Raises UserError if the template's assistant turns cannot be found in its text, and loss_on needs them."""
         self._tokenizer = tokenizer
+        self._reader = reader
         self._template = template
         self._options = options
         self._opening = self._generation_prompt() if options.loss_on == "assistant" else ""
 
-    def __call__(self, record: Mapping[str, Any]) -> Example:
+    def __call__(self, record: Mapping[str, Any], folder: str = "") -> Example:
         """Encode {"text": …} or {"messages": […], "tools": […]}. Raises UserError for a record that is neither.
 
         Text is followed by the tokenizer's end-of-document (pad) token and is trained on in full. A chat is rendered by the
         template, which decides what becomes of earlier thinking. With loss_on "assistant" those tokens are trained on that
         the assistant would generate: in each of its turns what follows the template's generation prompt, up to and
-        including `<|im_end|>`. An assistant message with "weight": 0 is left out.
+        including `<|im_end|>`. An assistant message with "weight": 0 is left out. The messages' parts may be pictures (see
+        `collect_pictures`), whose relative paths count from `folder`; no placeholder is trained on.
         """
         if ("text" in record) == ("messages" in record):
             keys = ", ".join(map(repr, record)) or "nothing"
             raise UserError(f"expected either 'text' or 'messages', but there is {keys}")
-        tokens, weights = self._text(record["text"]) if "text" in record else self._chat(record)
-        weights = np.asarray(weights, np.float32)
+        visuals: list[Visual] = []
+        tokens, weights = self._text(record["text"]) if "text" in record else self._chat(record, folder, visuals)
+        tokens, weights = np.asarray(tokens, np.int32), np.asarray(weights, np.float32)
         weights[:1] = 0
+        if self._reader is not None:
+            weights[self._reader.is_placeholder(tokens)] = 0
         if not weights.any():
             raise UserError("there is no token to train on")
-        return Example(np.asarray(tokens, np.int32), weights, splittable="text" in record)
+        pictures = self._reader.place(tokens, visuals) if visuals else None
+        return Example(tokens, weights, splittable="text" in record, pictures=pictures)
 
     def _text(self, text: Any) -> tuple[list[int], list[int]]:
         if not isinstance(text, str):
@@ -84,20 +105,21 @@ class ExampleEncoder:
         tokens = [*self._encode(text), self._tokenizer.pad_token_id]
         return tokens, [1] * len(tokens)
 
-    def _chat(self, record: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def _chat(self, record: Mapping[str, Any], folder: str, visuals: list[Visual]) -> tuple[list[int], list[int]]:
+        """Tokens and weights; what the chat shows is added to `visuals`."""
         tokens, weights = [], []
-        for text, weight in self._parts(record):
+        for text, weight in self._parts(record, folder, visuals):
             ids = self._encode(text)
             tokens += ids
             weights += [weight] * len(ids)
         return tokens, weights
 
-    def _parts(self, record: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    def _parts(self, record: Mapping[str, Any], folder: str, visuals: list[Visual]) -> Iterator[tuple[str, int]]:
         """The rendered chat, cut where the weight changes: where the assistant takes over and where its turn ends.
 
         Each part is encoded alone, so that the tokens are those of generation, where the prompt ends at the same place.
         """
-        text = self._render(record)
+        text = self._render(record, folder, visuals)
         if self._options.loss_on == "all":
             yield text, 1
             return
@@ -115,16 +137,19 @@ class ExampleEncoder:
             position = turn.end()
         yield text[position:], 0
 
-    def _render(self, record: Mapping[str, Any]) -> str:
-        messages, tools = record["messages"], record.get("tools")
+    def _render(self, record: Mapping[str, Any], folder: str, visuals: list[Visual]) -> str:
+        (messages, pictures), tools = collect_pictures(record["messages"]), record.get("tools")
         thinking = self._options.enable_thinking
         text = self._template.render(messages, tools=tools, enable_thinking=thinking, add_generation_prompt=False)
-        _check_text_only(messages)
+        _check_parts(messages, self._reader is not None)
         raw = json.dumps([messages, tools], ensure_ascii=False)
         for marker in (TURN_START, TURN_END):
             if marker in raw:
                 raise UserError(f"a message contains {marker}, which would begin or end a turn")
-        return text
+        if self._reader is None:
+            return text
+        visuals += self._reader.read(pictures, folder)
+        return expand(text, visuals)
 
     def _generation_prompt(self) -> str:
         """What the template puts behind the assistant's header for generation, such as `<think>` and a line feed."""
@@ -162,9 +187,12 @@ def _weight(message: Mapping[str, Any]) -> int:
     return int(weight)
 
 
-def _check_text_only(messages: Sequence[Mapping[str, Any]]) -> None:
+def _check_parts(messages: Sequence[Mapping[str, Any]], sees: bool) -> None:
     for i, message in enumerate(messages):
         content = message.get("content")
-        parts = content if isinstance(content, list) else []
-        if not all(part.get("type", "text") == "text" and "text" in part for part in parts):
-            raise UserError(f"messages[{i}] has a part that is not text, but only text can be trained on")
+        for part in content if isinstance(content, list) else ():
+            if part.get("type") in ("image", "video"):
+                if not sees:
+                    raise UserError(f"messages[{i}] has a picture, but the run is one of text: set data.patches")
+            elif part.get("type", "text") != "text" or "text" not in part:
+                raise UserError(f"messages[{i}] has a part that is neither text nor an image nor a video")

@@ -25,10 +25,12 @@ BLANKS = np.frombuffer(b" \t\r\n\v\f", np.uint8)
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One line: where it stands ("train.jsonl:17", counted from 1) and its bytes, cut off behind MAX_LINE_BYTES."""
+    """One line: where it stands ("train.jsonl:17", counted from 1), its bytes, cut off behind MAX_LINE_BYTES, and the folder of
+    its file."""
 
     where: str
     text: bytes
+    folder: str = ""
 
 
 class JsonLines:
@@ -89,7 +91,7 @@ class _File:
         # Blank lines between this line and the next come along; they are no part of the JSON.
         end = int(self.starts[index + 1]) if index + 1 < len(self.starts) else self.size
         text = self._read(start, min(end - start, MAX_LINE_BYTES + 1))
-        return Line(f"{self.path}:{self.numbers[index]}", text)
+        return Line(f"{self.path}:{self.numbers[index]}", text, os.path.dirname(self.path))
 
     def _read(self, start: int, count: int) -> bytes:
         if self.content is not None:
