@@ -13,11 +13,11 @@ from absl import flags
 import qwen35_jax
 from qwen35_jax import command
 from qwen35_jax.errors import UserError
-from scripts import tiny_arithmetic, tiny_facts, tiny_stories, tiny_strings, tiny_tools
+from scripts import tiny_arithmetic, tiny_facts, tiny_scenes, tiny_stories, tiny_strings, tiny_tools
 from scripts.tiny_arithmetic import Problem
 
 USAGE = """
-Scores the skills of the tiny model on held-out cases, greedily.
+Scores the skills of the tiny model on held-out cases, greedily; what it sees too, if it does.
 
   python -m benchmarks.tiny_skills
   python -m benchmarks.tiny_skills --checkpoint DIR --cases 64 --show 3
@@ -50,6 +50,17 @@ class Case:
     messages: list[dict]
     right: Callable[[str | None], bool]
     expected: str
+    scene: str = ""  # what is shown
+
+    @property
+    def question(self) -> str:
+        content = self.messages[-1]["content"]
+        return content if isinstance(content, str) else content[-1]["text"]
+
+    @property
+    def key(self) -> str:
+        """What tells cases apart."""
+        return f"{self.question} {self.scene}".rstrip()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +147,7 @@ def distinct(make: Callable[[random.Random], Case], name: str, number: int) -> l
         if len(found) == number:
             break
         case = make(rng)
-        found.setdefault(case.messages[-1]["content"], case)
+        found.setdefault(case.key, case)
     return list(found.values())
 
 
@@ -190,6 +201,19 @@ def choice(rng: random.Random) -> Case:
     return fact(rng)
 
 
+def shown(skill: str, kind: str) -> Callable[[random.Random], Case]:
+    """Held-out scenes of a kind (see `tiny_scenes`) with the question about a skill; right is the answer, word for word."""
+
+    def make(rng: random.Random) -> Case:
+        scene = tiny_scenes.scene(rng, held=True, kind=kind)
+        (asked,) = [a for a in scene.asked if a.skill == skill]
+        content = [scene.part(lambda image: image), {"type": "text", "text": asked.question}]
+        messages = [{"role": "user", "content": content}]
+        return Case(messages, lambda text: final_answer(text) == asked.answer, asked.answer, scene.name)
+
+    return make
+
+
 def with_result(case: Case, text: str) -> Case:
     """The chat after a right call, with the tool's result; right is an answer that says it."""
     arguments = parse_call(text)[1]
@@ -207,6 +231,22 @@ PLAIN_SKILLS = (
     ("reverse", 95, strings("reverse"), False),
     ("fact in new words", 95, fact, False),
     ("story", 90, story, False),
+)
+# (skill, target in percent, kind of scene)
+PICTURE_SKILLS = (
+    ("colour", 97, "single"),
+    ("shape", 97, "single"),
+    ("colour and shape", 95, "single"),
+    ("digit", 97, "digit"),
+    ("count to five", 95, "counted"),
+    ("place", 95, "placed"),
+    ("what is where", 90, "paired"),
+    ("tallest bar", 90, "charted"),
+    ("shortest bar", 90, "charted"),
+    ("number of bars", 95, "charted"),
+    ("direction of motion", 95, "moving"),
+    ("first colour", 95, "changing"),
+    ("last colour", 95, "changing"),
 )
 DEFAULT_PROMPT = arithmetic_case(Problem(37, "+", 58), "What is 37 + 58?", False)
 
@@ -234,6 +274,13 @@ class Bench:
             yield score(name, target, cases, self.answers(cases, enable_thinking=thinking))
         yield score("What is 37 + 58?", 100, [DEFAULT_PROMPT], self.answers([DEFAULT_PROMPT], enable_thinking=False))
 
+    def pictures(self, number: int) -> Iterable[Score]:
+        if self.lm.vision is None:
+            return
+        for name, target, kind in PICTURE_SKILLS:
+            cases = distinct(shown(name, kind), name, number)
+            yield score(name, target, cases, self.answers(cases, enable_thinking=False))
+
     def tools(self, number: int) -> Iterable[Score]:
         cases, options = distinct(calculation, "tool call", number), {"enable_thinking": False, "tools": [tiny_tools.CALCULATE]}
         said = self.answers(cases, **options)
@@ -250,7 +297,7 @@ class Bench:
 def score(skill: str, target: float, cases: list[Case], said: list[Said]) -> Score:
     """Judges what was said to each case."""
     wrong = [
-        (case.messages[-1]["content"], case.expected, text if ended else f"{text} … (no end)")
+        (case.key, case.expected, text if ended else f"{text} … (no end)")
         for case, (text, ended) in zip(cases, said, strict=True)
         if not case.right(text if ended else None)
     ]
@@ -265,7 +312,7 @@ def main(arguments: list[str]) -> None:
     if not JSON.value:
         print(f"{CHECKPOINT.value}, held-out cases, greedy, mesh {MESH.value}\n")
         print("| skill | cases | right | percent | target |\n|---|---|---|---|---|", flush=True)
-    for part in (bench.plain, bench.tools):
+    for part in (bench.plain, bench.tools, bench.pictures):
         for s in part(CASES.value):
             scores.append(s)
             if not JSON.value:

@@ -55,7 +55,7 @@ def write_chats(folder: Path) -> Path:
 
 
 def picture_config(folder: Path, **changes):
-    """A small run in float32 on `write_chats` and `write_checkpoint` (one unit), both made in `folder` where they are not there."""
+    """A small run in float32 on `write_chats` and `write_checkpoint` (one unit), both made in `folder` where not there yet."""
     c = default_config()
     c.model.source = str(folder / "model")
     if not (folder / "model").exists():
