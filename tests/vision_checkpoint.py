@@ -16,10 +16,10 @@ IMAGE, VIDEO = 4075, 4076  # the packaged tokenizer's placeholders
 SIZES = {"size": {"shortest_edge": 64, "longest_edge": 4096}}
 
 
-def write_checkpoint(directory: Path, layers: int = 4) -> Path:
-    config = hf_config(layers=layers) | {"image_token_id": IMAGE, "video_token_id": VIDEO}
+def write_checkpoint(directory: Path, layers: int = 4, vision: bool = True) -> Path:
+    config = hf_config(layers=layers, vision=vision) | {"image_token_id": IMAGE, "video_token_id": VIDEO}
     config["text_config"]["vocab_size"] = 4096
-    tensors = {name: (x * np.float32(0.2)).astype(x.dtype) for name, x in canonical_tensors(config).items()}
+    tensors = {name: (x * np.float32(0.2)).astype(x.dtype) for name, x in canonical_tensors(config, vision=vision).items()}
     write(directory, config, tensors)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
         shutil.copy(ASSETS / "tiny" / name, directory / name)

@@ -66,11 +66,11 @@ class Loss:
         with a vision tower the rest of `abstract_batch`.
         """
         model, segments = self.model, batch["segment_ids"]
+        positions = jnp.moveaxis(batch["positions"], 1, 0) if self.tower else segment_positions(segments)
+        inputs = model.inputs(positions, segments)
         params = self.weights.top(self.weights.combine(trained, frozen))
         params = params | {"units": self._stack(params["units"], model.config.num_units)}
         shown = self._shown(params, batch) if self.tower else None
-        positions = jnp.moveaxis(batch["positions"], 1, 0) if self.tower else segment_positions(segments)
-        inputs = model.inputs(positions, segments)
         hidden, load = model.trained_hidden(params, batch["tokens"], inputs, self._wrap, shown)
         loads = [] if load is None else [load]
         result = self._named("", params, hidden, batch, 1)

@@ -11,7 +11,7 @@ import pytest
 
 import qwen35_jax
 from qwen35_jax.checkpoint import open_source
-from qwen35_jax.config import ASSETS, ModelConfig
+from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.train.config import check_config
 from qwen35_jax.train.data import make_data
@@ -19,12 +19,12 @@ from qwen35_jax.train.loop import train
 from qwen35_jax.train.partition import flatten
 from qwen35_jax.train.run import Run, find_origin, initial_state, make_run
 from tests.train.picture_data import LENGTH, PATCH_ROWS, PATCHES, ROWS, image, picture_config, text
-from tests.vision_checkpoint import picture
+from tests.vision_checkpoint import picture, write_checkpoint
 
 STEPS = 3
 TOLERANCE = 1e-4  # one mesh against another, fp32: sums in other orders, through the updates
 TOWER = {
-    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 128, "in_channels": 3,
+    "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "out_hidden_size": 48, "in_channels": 3,
     "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2, "num_position_embeddings": 16,
 }  # fmt: skip
 
@@ -33,6 +33,7 @@ TOWER = {
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision")
     picture_config(folder)
+    write_checkpoint(folder / "text", layers=2, vision=False)
     return folder
 
 
@@ -49,12 +50,23 @@ def batches(run: Run, count: int, parts: int = 1) -> list[dict]:
     return found
 
 
+COMPILED: dict = {}
+
+
+def compiled(run: Run):
+    """The compiled step; one for all runs of a configuration."""
+    key = run.config.to_json()
+    if key not in COMPILED:
+        COMPILED[key] = run.train_step().compile()
+    return COMPILED[key]
+
+
 def steps(run: Run, found: list[dict], state: dict | None = None) -> tuple[list[list[float]], dict]:
     """(loss, loss of the next but one token, norm of the gradient) of each step, and the state after them."""
-    program = run.train_step()
-    step, state, numbers = program.compile(), state or initial_state(run), []
+    step, state, numbers = compiled(run), state or initial_state(run), []
+    like = run.batch(run.config.accumulate)
     for batch in found:
-        placed = {name: jax.device_put(batch[name].reshape(x.shape), x.sharding) for name, x in program.arguments[1].items()}
+        placed = {name: jax.device_put(batch[name].reshape(x.shape), x.sharding) for name, x in like.items()}
         state, metrics = step(state, placed)
         numbers.append([float(metrics.get(name, 0.0)) for name in ("loss", "mtp_loss", "gradient_norm")])
     return numbers, state
@@ -81,17 +93,17 @@ def test_every_mesh_gives_one_curve(folder, expected, mesh):
 
 def test_accumulated_parts_are_the_whole_batch(folder):
     """The same rows, as two parts and as one batch, whose rows of the tower count on over both."""
-    run = make(folder, accumulate=2, loss__mtp=0.0)
+    run = make(folder, accumulate=2)
     found = batches(run, 1, parts=2)
     whole = [dict(batch, vision_rows=batch["vision_rows"].copy()) for batch in found]
     for batch in whole:
         second = batch["vision_rows"][ROWS // 2 :]
         second[second >= 0] += PATCH_ROWS // 2 * PATCHES // 4
-    np.testing.assert_allclose(steps(run, found)[0], steps(make(folder, loss__mtp=0.0), whole)[0], rtol=TOLERANCE)
+    np.testing.assert_allclose(steps(run, found)[0], steps(make(folder), whole)[0], rtol=TOLERANCE)
 
 
 def test_what_is_shown_changes_what_is_learned(folder, expected):
-    run = make(folder, loss__mtp=0.0)
+    run = make(folder)
     other = [dict(batch, patches=255 - batch["patches"]) for batch in expected[0][:1]]
     assert abs(steps(run, other)[0][0][0] - expected[1][0][0]) > 1e-3
 
@@ -112,8 +124,7 @@ def test_a_tower_alone_is_trained(folder, expected):
     state = initial_state(run)
     before = jax.tree.map(np.array, state["params"])
     assert set(before) == {"vision"}
-    program = run.train_step()
-    step, losses = program.compile(), []
+    step, losses = compiled(run), []
     for _ in range(5):
         state, metrics = step(state, expected[0][0])
         losses.append(float(metrics["loss"]))
@@ -131,7 +142,7 @@ def test_a_batch_without_pictures(folder, expected):
         batch[name][shown if name in ("tokens", "segment_ids", "loss_weights") else ...] = 0
     batch["vision_rows"][:] = -1
     junk = dict(batch, patches=np.full_like(batch["patches"], 77))
-    run = make(folder, loss__mtp=0.0)
+    run = make(folder)
     numbers = [steps(run, [b])[0] for b in (batch, junk)]
     assert np.isfinite(numbers).all() and numbers[0] == numbers[1]
 
@@ -174,9 +185,9 @@ def test_resuming_and_export(folder, tmp_path):
 
 
 def test_a_new_tower_for_a_model_of_text(folder, tmp_path):
-    """The packaged model gets one of random weights; the export describes it, and transformers' names are there."""
-    changes = {"model__source": "tiny", "model__vision": TOWER, "model__tokenizer": str(folder / "model"), "steps": 1}
-    config = picture_config(folder, **changes, data__sequence_length=64, loss__mtp=0.0)
+    """It gets one of random weights; the export describes it, and is loaded."""
+    changes = {"model__source": str(folder / "text"), "model__vision": TOWER, "model__tokenizer": str(folder / "model")}
+    config = picture_config(folder, **changes, steps=1, loss__mtp=0.0)
     origin = find_origin(config)
     assert (origin.config.image_token_id, origin.config.video_token_id) == (4075, 4076)
     train(config, str(tmp_path / "run"), export_dir=str(tmp_path / "hf"))
@@ -187,7 +198,7 @@ def test_a_new_tower_for_a_model_of_text(folder, tmp_path):
     lm = qwen35_jax.load(str(tmp_path / "hf"), dtype="float32")
     chat = [{"role": "user", "content": [image(picture()), text("Which?")]}]
     assert lm.generate([chat], max_new_tokens=2, temperature=0)[0].token_ids
-    text_source, seeing = open_source(str(ASSETS / "tiny")), open_source(str(tmp_path / "hf"))
+    text_source, seeing = open_source(str(folder / "text")), open_source(str(tmp_path / "hf"))
     assert set(text_source.tensors) < set(seeing.tensors)
 
 
@@ -198,8 +209,8 @@ WRONG = [
     ({"data__patch_rows": 3, "accumulate": 2}, "data.patch_rows .3. must be a multiple of accumulate"),
     ({"model__source": "tiny"}, "the model has no vision tower for pictures"),
     ({"model__vision": TOWER}, "the checkpoint has one: leave it empty"),
-    ({"model__source": "tiny", "model__vision": TOWER | {"out_hidden_size": 64}}, "must be the model's width, 128"),
-    ({"model__source": "tiny", "model__vision": {"depth": 2}}, "config.model.vision.hidden_size: give exactly|in_channels: give"),
+    ({"model__source": "TEXT", "model__vision": TOWER | {"out_hidden_size": 64}}, "must be the model's width, 48"),
+    ({"model__source": "TEXT", "model__vision": {"depth": 2}}, "config.model.vision.hidden_size: give exactly|in_channels: give"),
     ({"model__vision": TOWER, "data__patches": 0}, "only pictures train: set config.data.patches"),
     ({"freeze": ("^vision/nothing",)}, "matches no parameter"),
 ]
@@ -207,6 +218,8 @@ WRONG = [
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
 def test_wrong_configurations(folder, changes, message):
+    if changes.get("model__source") == "TEXT":
+        changes = changes | {"model__source": str(folder / "text")}
     with pytest.raises(UserError, match=message) as error:
         make(folder, **changes)
     assert "\n" not in str(error.value)
