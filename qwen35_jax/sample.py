@@ -48,6 +48,7 @@ VIDEO = flags.DEFINE_multi_string("video", [], "video file or folder of frames, 
 MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "most pixels of an image, and of a video's frame; larger ones shrink")
 FPS = flags.DEFINE_float("fps", None, "frames of a video that are looked at, a second; default: as the checkpoint has it, or 2")
 MAX_FRAMES = flags.DEFINE_integer("max_frames", None, "most frames of a video that are looked at; default: 768")
+REMOTE = flags.DEFINE_bool("allow_remote_media", False, "fetch https URLs of --image and --video: public hosts, no redirects")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'one prompt a line, or .jsonl with {"prompt": …} or {"messages": […]}')
 CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit; /image FILE shows one")
 SYSTEM = flags.DEFINE_string("system", None, "system message")
@@ -141,7 +142,7 @@ def _check(arguments: list[str]) -> None:
         (_pictures() and len(PROMPT.value) > 1, "--image and --video go with one --prompt"),
         (
             _vision() and not (_pictures() or CHAT.value or PROMPTS_FILE.value),
-            "--max_pixels, --fps and --max_frames are for pictures: give --image or --video",
+            "--max_pixels, --fps, --max_frames and --allow_remote_media are for pictures: give --image or --video",
         ),
         (CHAT.value and hosts.COORDINATOR.value, "--chat reads one terminal: it does not go with --coordinator"),
     )
@@ -157,6 +158,7 @@ def _pictures() -> list[Picture]:
 
 def _vision() -> dict:
     values = {"max_pixels": MAX_PIXELS.value, "fps": FPS.value, "max_frames": MAX_FRAMES.value}
+    values["allow_remote_media"] = REMOTE.value or None
     return {name: value for name, value in values.items() if value is not None}
 
 

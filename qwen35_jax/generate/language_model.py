@@ -93,7 +93,7 @@ class LanguageModel:
             layers: also return the residual stream after the embedding and after each layer.
             images: what the image placeholders show, in order over all rows: uint8 [H, W, 3], or whatever `read_image` takes.
             videos: the same of videos: (uint8 [T, H, W, 3], fps of it), or whatever `read_video` takes.
-            vision_options: max_pixels, fps, max_frames; see `stream`.
+            vision_options: max_pixels, fps, max_frames, allow_remote_media; see `stream`.
 
         Returns float32 [B, T, vocab_size] (with `layers`: and [layers + 1, B, T, D]).
         """
@@ -157,7 +157,8 @@ class LanguageModel:
         temperature, top_k, top_p, min_p, presence_penalty, repetition_penalty over the checkpoint's defaults; seed (one, or
         one a prompt); stop (strings); ignore_eos; prefill_chunk (tokens read at once); for chats tools and enable_thinking
         (default: as the preset has it, or else the template), and for their pictures max_pixels (of an image, and of a
-        video's frame), fps and max_frames (how many frames of a video are looked at).
+        video's frame), fps and max_frames (how many frames of a video are looked at), allow_remote_media (whether https URLs
+        are fetched: from public addresses, without redirects).
         """
         chosen = _as_list(prompts)
         _check_template_options(chosen, options)

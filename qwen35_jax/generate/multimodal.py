@@ -16,7 +16,7 @@ from qwen35_jax.generate.vision import VisionEncoder
 from qwen35_jax.model import FrameQueue, Span, vision_positions
 from qwen35_jax.vision_io import PADS, Picture, VisionSettings, Visual, read_picture
 
-VISION_OPTIONS = ("max_pixels", "fps", "max_frames")
+VISION_OPTIONS = ("max_pixels", "fps", "max_frames", "allow_remote_media")
 
 
 @dataclasses.dataclass(frozen=True)

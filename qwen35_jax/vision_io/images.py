@@ -66,7 +66,7 @@ def local_path(source: str | os.PathLike) -> epath.Path:
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     elif re.match(r"(?!gs:|s3:)[A-Za-z][A-Za-z0-9+.-]+://", text):
-        raise UserError("remote URLs are not fetched: download it and give the file")
+        raise UserError("remote URLs are not fetched unless allow_remote_media is set, and then of https alone: give the file")
     if not text or "\0" in text:
         raise UserError("the path is empty" if not text else "the path holds a zero byte")
     return epath.Path(text)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io.images import read_image
+from qwen35_jax.vision_io.images import MAX_BYTES, describe, read_image
 from qwen35_jax.vision_io.patches import Visual, image_visual, video_visual
+from qwen35_jax.vision_io.remote import fetch, is_remote
 from qwen35_jax.vision_io.resize import image_size, resize
 from qwen35_jax.vision_io.settings import VisionSettings
 from qwen35_jax.vision_io.video import read_video
@@ -79,10 +83,31 @@ def _source(part: Mapping, kind: str, where: str) -> Any:
 
 def read_picture(picture: Picture, settings: VisionSettings) -> Visual:
     """Reads, resizes and cuts an image or a video. UserError, one line, for whatever is wrong with it."""
-    if picture.kind == "video":
-        return video_visual(*read_video(picture.source, settings, picture.fps), settings)
-    pixels = read_image(picture.source)
+    with _fetched(picture, settings) as source:
+        if picture.kind == "video":
+            return video_visual(*read_video(source, settings, picture.fps), settings)
+        pixels = read_image(source)
     return image_visual(resize(pixels, image_size(*pixels.shape[:2], settings)), settings)
+
+
+@contextlib.contextmanager
+def _fetched(picture: Picture, settings: VisionSettings) -> Iterator[Any]:
+    """The picture's source, its URLs, if they may be fetched, replaced by files with what is behind them."""
+    several = isinstance(picture.source, list | tuple)
+    sources = list(picture.source) if several else [picture.source]
+    if not settings.allow_remote_media or not any(map(is_remote, sources)):
+        yield picture.source
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        for i, source in enumerate(sources):
+            if is_remote(source):
+                path = pathlib.Path(folder) / str(i)
+                try:
+                    path.write_bytes(fetch(source, MAX_BYTES))
+                except UserError as error:
+                    raise UserError(f"{picture.kind} {describe(source)}: {error}") from error
+                sources[i] = str(path)
+        yield sources if several else sources[0]
 
 
 def expand(text: str, visuals: Sequence[Visual]) -> str:

@@ -20,7 +20,7 @@ class VisionSettings:
 
     A side of a picture becomes a multiple of patch_size x merge_size. `video_min_pixels` and `video_max_pixels` count all frames
     together; `max_pixels`, which no file holds, is the most of one image and of one frame. `fps`, `min_frames` and `max_frames`
-    say how many frames of a video are looked at.
+    say how many frames of a video are looked at. `allow_remote_media`: whether https URLs are fetched (see `remote.fetch`).
     """
 
     patch_size: int = 16
@@ -34,13 +34,21 @@ class VisionSettings:
     fps: float = 2.0
     min_frames: int = 4
     max_frames: int = 768
+    allow_remote_media: bool = False
 
     @property
     def factor(self) -> int:
         """The sides of a resized picture are multiples of it."""
         return self.patch_size * self.merge_size
 
-    def changed(self, *, max_pixels: int | None = None, fps: float | None = None, max_frames: int | None = None):
+    def changed(
+        self,
+        *,
+        max_pixels: int | None = None,
+        fps: float | None = None,
+        max_frames: int | None = None,
+        allow_remote_media: bool | None = None,
+    ) -> VisionSettings:
         """With what a user asks for; None leaves a value as it is. UserError for what is too small."""
         if max_pixels is not None and max_pixels < self.factor**2:
             raise UserError(
@@ -50,7 +58,7 @@ class VisionSettings:
             raise UserError(f"fps is {fps}; it must be above 0 and at most 1000")
         if max_frames is not None and max_frames < self.temporal_patch_size:
             raise UserError(f"max_frames is {max_frames}; it must be at least {self.temporal_patch_size}")
-        given = {"max_pixels": max_pixels, "fps": fps, "max_frames": max_frames}
+        given = {"max_pixels": max_pixels, "fps": fps, "max_frames": max_frames, "allow_remote_media": allow_remote_media}
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     @classmethod
