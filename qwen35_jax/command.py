@@ -12,6 +12,7 @@ from absl import flags
 
 from qwen35_jax.errors import UserError
 
+EXPECTED = (UserError, flags.Error, OSError)  # what is the user's to mend: one line, no stack trace
 HELP = flags.DEFINE_bool("help", False, "print this and exit", short_name="h")
 
 
@@ -76,8 +77,13 @@ def _end(*_) -> None:
     os._exit(130)  # a compilation in another thread would hold an ordinary exit back until it is done
 
 
+def complain(message: str) -> None:
+    """An error, in one line on stderr."""
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+
+
 def _fail(message: str) -> None:
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    complain(message)
     raise SystemExit(1)
 
 

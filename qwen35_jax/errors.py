@@ -1,4 +1,4 @@
-"""The one exception that stands for wrong input rather than a bug."""
+"""The exception that stands for wrong input rather than a bug, and its form on the hosts that have none."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     Command lines print it as `error: …` and exit with status 1; a traceback is left for our own mistakes.
     """
+
+
+class OtherHostError(UserError):
+    """Another host has wrong input, and says what it is."""

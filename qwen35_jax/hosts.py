@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import signal
 import sys
 import threading
+from collections.abc import Iterator
 
 import jax
 from absl import flags
 
+from qwen35_jax import command
+from qwen35_jax.compat import coordinator_host
 from qwen35_jax.errors import UserError
+from qwen35_jax.lifeline import Lifeline
 from qwen35_jax.sharding import all_devices, parse_mesh
 
 COORDINATOR = flags.DEFINE_string(
@@ -18,7 +24,8 @@ COORDINATOR = flags.DEFINE_string(
 )
 HOSTS = flags.DEFINE_integer("hosts", None, "how many hosts there are, without auto", lower_bound=1)
 HOST = flags.DEFINE_integer("host", None, "which one this is, from 0, without auto", lower_bound=0)
-_FLAGS = (COORDINATOR, HOSTS, HOST)
+TIMEOUT = flags.DEFINE_integer("host_timeout", 100, "seconds without a sign of life after which a host is dead", lower_bound=10)
+_FLAGS = (COORDINATOR, HOSTS, HOST, TIMEOUT)
 WAIT_SECONDS = 300.0  # for the other hosts
 
 
@@ -28,16 +35,26 @@ def declare_flags() -> None:
         flags.declare_key_flag(flag.name)
 
 
-def join(mesh: str) -> None:
-    """Joins the hosts that the flags name, if they do; to be called before JAX is used. Only the first prints afterwards.
+@contextlib.contextmanager
+def joined(mesh: str) -> Iterator[None]:
+    """What is inside runs on the hosts that the flags name, if they do, together; to be entered before JAX is used.
 
-    Without accelerators each host that is told --hosts makes its even share of the virtual CPU devices of `mesh`. Raises
+    Only the first prints. Where one cannot go on, or dies, all end, each in a line that says which and why. Without
+    accelerators each host that is told --hosts makes its even share of the virtual CPU devices of `mesh`. Raises
     UserError where the flags do not go together, the hosts cannot share the mesh, or nothing says who they are. Where they
     do not find one another in time the process ends, in one line.
     """
     _check()
-    if COORDINATOR.value is None:
-        return
+    if COORDINATOR.value is not None:
+        _join(mesh)
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
+        with Lifeline(jax.process_index(), jax.process_count(), coordinator_host(), TIMEOUT.value):
+            yield
+    else:
+        yield
+
+
+def _join(mesh: str) -> None:
     devices = 1
     for n in parse_mesh(mesh):
         devices *= n
@@ -50,8 +67,9 @@ def join(mesh: str) -> None:
     waiting.start()
     try:
         # No local ids: a host has all its devices, also under Slurm, where JAX would give each process one.
-        options = {"local_device_ids": [], "initialization_timeout": int(WAIT_SECONDS) + 60}
-        jax.distributed.initialize(address, HOSTS.value, HOST.value, **options)
+        times = {"initialization_timeout": int(WAIT_SECONDS) + 60, "heartbeat_timeout_seconds": TIMEOUT.value}
+        jax.distributed.initialize(address, HOSTS.value, HOST.value, local_device_ids=[], **times)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it for who asks; a process that nobody asks would not end
         all_devices()  # which asks the other hosts for theirs
     except (RuntimeError, ValueError) as error:
         raise UserError(f"the hosts did not come together at {COORDINATOR.value}: {str(error)[:200]}") from error
@@ -64,11 +82,9 @@ def join(mesh: str) -> None:
 
 
 def _give_up() -> None:
-    print(
-        f"error: {WAIT_SECONDS:.0f} s have passed and not all hosts have come together at {COORDINATOR.value}: "
-        "start the same command on every host, and let them reach that address",
-        file=sys.stderr,
-        flush=True,
+    command.complain(
+        f"{WAIT_SECONDS:.0f} s have passed and not all hosts have come together at {COORDINATOR.value}: "
+        "start the same command on every host, and let them reach that address"
     )
     os._exit(1)  # the thread that waits cannot be interrupted
 

@@ -84,7 +84,11 @@ def main(arguments: list[str]) -> None:
     prompts = [] if CHAT.value else _prompts()
     if PROFILE.value is not None:
         _make_writable(PROFILE.value)
-    hosts.join(MESH.value)
+    with hosts.joined(MESH.value):
+        _run(prompts)
+
+
+def _run(prompts: list) -> None:
     with together():
         lm = load(
             _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",

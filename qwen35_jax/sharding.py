@@ -21,7 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import OtherHostError, UserError
 
 MESH_AXES = ("replica", "data", "model")
 MAX_VIRTUAL_DEVICES = 1024  # beyond them a mistyped mesh would keep the machine busy for minutes
@@ -99,7 +99,7 @@ def together() -> Iterator[None]:
         _all_say(False)
         raise
     if not _all_say(True):
-        raise UserError("another host cannot go on; it says why")
+        raise OtherHostError("another host cannot go on; it says why")
 
 
 def _all_say(yes: bool) -> bool:

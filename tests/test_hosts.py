@@ -75,7 +75,23 @@ def test_what_stops_one_host_stops_the_other(command, right, wrong, tmp_path):
     program = [sys.executable, "-m", f"qwen35_jax.{command[0]}", *command[1:], *work]
     done = run_all([[*program, *(right, wrong)[host], *flags_of(port, host)] for host in (0, 1)])
     assert [status for status, *_ in done] == [1, 1], done
-    assert "error: another host cannot go on; it says why" in done[0][2] and "nowhere/at/all" in done[1][2]
+    first, other = (errors.splitlines()[-1] for _, _, errors in done)
+    assert first.startswith("error: host 1 of 2 (") and "cannot go on: " in first and "nowhere/at/all" in first
+    assert other.startswith("error: ") and "nowhere/at/all" in other
+    assert "Traceback" not in done[0][2] + done[1][2]
+
+
+def test_a_bad_line_in_the_file_of_one_host_ends_both(config, tmp_path):
+    """After both have begun: only one of them finds it, the other waits for it in a collective."""
+    lines = (tmp_path / "chats.jsonl").read_text().splitlines(keepends=True)
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("".join("x" * (len(line) - 1) + "\n" for line in lines))
+    port, program = free_port(), [sys.executable, "-W", "ignore", "-m", "qwen35_jax.train", "--config", config]
+    work, files = ["--workdir", str(tmp_path / "work")], [[], [f"--config.data.train=('{bad}',)"]]
+    done = run_all([[*program, *work, *files[host], *flags_of(port, host)] for host in (0, 1)])
+    assert [status for status, *_ in done] == [1, 1], done
+    first, other = (errors.splitlines()[-1] for _, _, errors in done)
+    assert first.startswith("error: host 1 of 2 (") and "bad.jsonl:" in first and "bad.jsonl:" in other, done
     assert "Traceback" not in done[0][2] + done[1][2]
 
 
@@ -111,11 +127,11 @@ def config(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["2x1", "1x2"])
-def test_two_hosts_train_as_one_does(config, mesh, tmp_path):
-    """To the bit, data and checkpoint included: whether each host has half of the rows or half of the model."""
+@pytest.mark.parametrize(("mesh", "hosts"), [("2x1", 2), ("1x2", 2), ("4x1", 4), ("2x2", 4)])
+def test_several_hosts_train_as_one_does(config, mesh, hosts, tmp_path):
+    """To the bit, data and checkpoint included: whether each host has some of the rows or a part of the model."""
     weights = []
-    for count in (1, 2):
+    for count in (1, hosts):
         work, export = tmp_path / f"work{count}", tmp_path / f"export{count}"
         arguments = ["--config", config, f"--config.mesh={mesh}", "--workdir", str(work), "--export_hf", str(export)]
         done = run("qwen35_jax.train", arguments, count)
@@ -125,18 +141,52 @@ def test_two_hosts_train_as_one_does(config, mesh, tmp_path):
     assert weights[0] == weights[1]
 
 
+def start(arguments: list[str]) -> list[subprocess.Popen]:
+    """Training on two hosts."""
+    port, streams = free_port(), {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    program = [sys.executable, "-W", "ignore", "-m", "qwen35_jax.train", *arguments]
+    return [subprocess.Popen([*program, *flags_of(port, h)], cwd=ROOT, env=os.environ | FAST, **streams) for h in (0, 1)]
+
+
+def wait_for(path, text: str, processes: list[subprocess.Popen]) -> None:
+    deadline = time.monotonic() + 400
+    while not (path.exists() and text in path.read_text()):
+        assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(config, killed, tmp_path):
+    """SIGKILL to one of two hosts, between two checkpoints: the other says so in one line. Both again: as if nothing were."""
+    arguments = ["--config", config, "--config.steps=40", "--config.checkpoint.every=4"]
+    work = tmp_path / "work"
+    processes = start([*arguments, "--workdir", str(work)])
+    try:
+        wait_for(work / "metrics.jsonl", '"step": 6,', processes)
+        processes[killed].kill()
+        errors = processes[1 - killed].communicate(timeout=60)[1]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[1 - killed].returncode == 1, errors
+    dead = "host 1 of 2 (" if killed else "the first host (localhost)"
+    (line,) = (line for line in errors.splitlines() if line.startswith("error:"))
+    assert line.startswith(f"error: {dead}") and "has gone without a word" in line and "Traceback" not in errors, errors
+    exports = [tmp_path / name for name in ("resumed", "whole")]
+    for directory, export in zip((work, tmp_path / "other"), exports, strict=True):
+        done = run("qwen35_jax.train", [*arguments, "--workdir", str(directory), "--export_hf", str(export)], 2)
+        assert [status for status, *_ in done] == [0, 0], done
+        assert ("resumed from the checkpoint of step" in done[0][2]) == (directory is work)
+    weights = [(export / "model.safetensors").read_bytes() for export in exports]
+    assert weights[0] == weights[1]
+
+
 @pytest.mark.slow
 def test_a_signal_to_one_host_stops_both_after_one_step(config, tmp_path):
-    work, port = tmp_path / "work", free_port()
-    arguments = ["--config", config, "--config.steps=100000", "--workdir", str(work)]
-    commands = [[sys.executable, "-W", "ignore", "-m", "qwen35_jax.train", *arguments, *flags_of(port, h)] for h in (0, 1)]
-    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen(command, cwd=ROOT, env=os.environ | FAST, **streams) for command in commands]
+    work = tmp_path / "work"
+    processes = start(["--config", config, "--config.steps=100000", "--workdir", str(work)])
     try:
-        metrics, deadline = work / "metrics.jsonl", time.monotonic() + 400
-        while not (metrics.exists() and '"step": 3' in metrics.read_text()):
-            assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
-            time.sleep(0.05)
+        wait_for(work / "metrics.jsonl", '"step": 3,', processes)
         processes[1].send_signal(signal.SIGTERM)
         errors = [process.communicate(timeout=100)[1] for process in processes]
     finally:
@@ -166,6 +216,6 @@ def test_a_signal_to_one_host_stops_both_after_one_step(config, tmp_path):
 def test_flags_that_do_not_go_together(given, mesh, message):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["test"], known_only=True)
-    with flagsaver.flagsaver(**given), pytest.raises(UserError, match=message):
-        hosts.join(mesh)
+    with flagsaver.flagsaver(**given), pytest.raises(UserError, match=message), hosts.joined(mesh):
+        pass
     assert not jax.distributed.is_initialized()

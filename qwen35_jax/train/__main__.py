@@ -51,12 +51,12 @@ def main(arguments: list[str]) -> None:
         if flag.value == "":
             raise UserError(f"--{flag.name} is empty: give a directory")
     logging.set_verbosity(logging.WARNING)
-    hosts.join(CONFIG.value.mesh)
-    try:
-        train(CONFIG.value, WORKDIR.value, export_dir=EXPORT_HF.value, profile_dir=PROFILE.value)
-    except Interrupted as stop:
-        print(f"stopped: {stop}", file=sys.stderr)
-        raise SystemExit(128 + stop.number) from None
+    with hosts.joined(CONFIG.value.mesh):
+        try:
+            train(CONFIG.value, WORKDIR.value, export_dir=EXPORT_HF.value, profile_dir=PROFILE.value)
+        except Interrupted as stop:
+            print(f"stopped: {stop}", file=sys.stderr)
+            raise SystemExit(128 + stop.number) from None
 
 
 if __name__ == "__main__":
