@@ -1,0 +1,90 @@
+#!/usr/bin/env bash
+# A job on a slice of TPU VMs: makes the slice, copies this checkout to its hosts, runs the same command on all, deletes it.
+#
+#   launch/tpu_vm.sh --name NAME --zone ZONE --slice v5p:4x4x4 -- sample --mesh 16x4 --checkpoint gs://… --prompt …
+#   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:4x4 --spot --restarts 5 -- train --config … --workdir gs://…
+#   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:2x2 -- convert gs://… gs://…       (on the first host alone)
+#
+# --project P  --spot  --restarts N (the slice is made again: it may have been taken away)  --python PYTHON (here)
+# --keep: the slice stays.  --existing: it is there, and stays.  --dry_run prints what would be run.
+# Needs gcloud and git, and the package in the Python here. Run it in the checkout: its files go to the hosts, but for ignored ones.
+set -euo pipefail
+
+fail() {
+  echo "error: $*" >&2
+  exit 1
+}
+
+name='' zone='' slice='' project='' restarts=0 spot=no keep=no existing=no dry=no python=python3
+while [ $# -gt 0 ] && [ "$1" != -- ]; do
+  case "$1" in
+    --name | --zone | --slice | --project | --restarts | --python)
+      [ $# -gt 1 ] || fail "$1 needs a value"
+      printf -v "${1#--}" '%s' "$2"
+      shift
+      ;;
+    --spot) spot=yes ;;
+    --keep) keep=yes ;;
+    --existing) existing=yes keep=yes ;;
+    --dry_run) dry=yes ;;
+    *) fail "unknown option $1; the job comes behind --, see the first lines of $0" ;;
+  esac
+  shift
+done
+[ $# -gt 1 ] || fail "the job is missing: -- sample|convert|train FLAG..."
+shift
+for option in name zone slice; do
+  [ -n "${!option}" ] || fail "--$option is missing"
+done
+[[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts $restarts: give a number"
+[ -f setup.py ] || fail "run this in the checkout of qwen35_jax"
+
+plan=$("$python" -m launch.job "$slice" "$@") || exit 1
+{ read -r hosts && read -r _ && read -r type && read -r runtime && read -r command; } <<<"$plan"
+[ -n "$type" ] || fail "$slice: there are no TPU VMs of it; see launch/gke and launch/slurm.sh"
+
+where=("--zone" "$zone")
+[ -z "$project" ] || where+=("--project" "$project")
+create=(gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$type" --version "$runtime")
+[ "$spot" = no ] || create+=(--spot)
+delete=(gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet)
+ssh=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}")
+workers=all
+[ "$1" != convert ] || workers=0
+archive=${TMPDIR:-/tmp}/$name.tar.gz
+pack=(bash -c "git ls-files -z --cached --others --exclude-standard | tar --null --files-from - -czf $(printf %q "$archive")")
+copy=(gcloud compute tpus tpu-vm scp "$archive" "$name:qwen35_jax.tar.gz" "${where[@]}" --worker "$workers")
+# uv brings a Python that is new enough where the host has none.
+install="mkdir -p qwen35_jax && tar -xzf qwen35_jax.tar.gz -C qwen35_jax && cd qwen35_jax &&
+python3 -m pip install -q uv && python3 -m uv venv -q --allow-existing --python '>=3.11' .venv &&
+python3 -m uv pip install -q --python .venv/bin/python -e '.[tpu]'"
+work="cd qwen35_jax && export PATH=\$PWD/.venv/bin:\$PATH && exec $command"
+
+run() { # run WORD...: or prints it, so that it can be pasted
+  if [ "$dry" = yes ]; then
+    printf '%q ' "$@" | sed 's/ $//'
+    echo
+  else
+    "$@"
+  fi
+}
+
+attempt() {
+  if [ "$existing" = no ]; then
+    run "${create[@]}" || return
+  fi
+  run "${pack[@]}" && run "${copy[@]}" && run "${ssh[@]}" --worker "$workers" --command "$install" &&
+    run "${ssh[@]}" --worker "$workers" --command "$work"
+}
+
+[ "$dry" = no ] || echo "# $slice: $hosts hosts, restarts: $restarts"
+for ((try = 0; ; try++)); do
+  status=0
+  attempt || status=$?
+  if [ "$keep" = no ] || { [ "$existing" = no ] && [ "$status" != 0 ] && [ "$try" -lt "$restarts" ]; }; then
+    run "${delete[@]}" || true # one that was taken away may be gone
+  fi
+  [ "$status" != 0 ] || exit 0
+  [ "$try" -lt "$restarts" ] || fail "the job ended with status $status"
+  echo "restart $((try + 1)) of $restarts: the job ended with status $status" >&2
+done

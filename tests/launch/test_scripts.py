@@ -1,0 +1,78 @@
+"""The scripts, with programs of ours in place of gcloud, sbatch and srun: what they run, and what they do when it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.forked import ROOT
+
+# Writes its words down; fails at the n-th call whose words hold the text in $FAIL_AT, for n in $FAILURES.
+FAKE = """#!/usr/bin/env bash
+printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
+if [[ "$*" == *"$FAIL_AT"* ]]; then
+  echo >> "$CALLS.count"
+  [[ " $FAILURES " != *" $(wc -l < "$CALLS.count") "* ]] || exit 7
+fi
+"""
+SBATCH = (
+    FAKE
+    + 'script=$(cat)\nfor restart in 0 1 2; do SLURM_JOB_ID=5 SLURM_RESTART_COUNT=$restart bash -c "$script" && break; done\n'
+)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """(directory for PATH, file of calls)"""
+    for name in ("gcloud", "sbatch", "srun", "scontrol"):
+        path = tmp_path / name
+        path.write_text(SBATCH if name == "sbatch" else FAKE)
+        path.chmod(0o755)
+    return tmp_path
+
+
+def start(fake, words: list[str], fail_at: str, failures: str) -> tuple[int, str, list[str]]:
+    environment = {"PATH": f"{fake}:{os.environ['PATH']}", "CALLS": str(fake / "calls"), "TMPDIR": str(fake)}
+    environment |= {"FAIL_AT": fail_at, "FAILURES": failures, "JAX_PLATFORMS": "cpu"}
+    words = [words[0], "--python", sys.executable, *words[1:]]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    return done.returncode, done.stderr, (fake / "calls").read_text().splitlines()
+
+
+TPU = ["launch/tpu_vm.sh", "--name", "a", "--zone", "z", "--slice", "v6e:4x4", "--spot"]
+SAMPLE = ["--", "sample", "--mesh", "4x4"]
+
+
+def verbs(calls: list[str]) -> list[str]:
+    """create, scp, ssh (of the installation, then of the job), delete"""
+    return [next(v for v in ("create", "delete", "scp", "ssh") if f"tpu-vm {v} " in call) for call in calls if "tpu-vm" in call]
+
+
+def test_a_slice_that_is_taken_away_is_made_again(fake):
+    status, errors, calls = start(fake, [*TPU, "--restarts", "2", *SAMPLE], "exec python", "1")
+    once = ["create", "scp", "ssh", "ssh", "delete"]
+    assert (status, verbs(calls)) == (0, once * 2) and "restart 1 of 2: the job ended with status 7" in errors
+    assert sum("--spot" in call for call in calls) == 2
+
+
+def test_what_fails_too_often_ends_with_its_status_and_deletes_the_slice(fake):
+    status, errors, calls = start(fake, [*TPU, "--restarts", "1", *SAMPLE], "exec python", "1 2")
+    assert status == 1 and errors.splitlines()[-1] == "error: the job ended with status 7"
+    assert verbs(calls)[-1] == "delete" and verbs(calls).count("create") == 2
+
+
+def test_a_slice_that_is_there_stays(fake):
+    status, _, calls = start(fake, [*TPU, "--existing", *SAMPLE], "nothing fails", "")
+    assert (status, verbs(calls)) == (0, ["scp", "ssh", "ssh"])
+
+
+def test_slurm_requeues_what_failed(fake):
+    words = ["launch/slurm.sh", "--slice", "h100:2x8", "--restarts", "2", "--", "sample", "--mesh", "2x8"]
+    status, errors, calls = start(fake, words, "qwen35_jax.sample", "1 2")
+    assert status == 0, errors
+    names = [call.split()[0] for call in calls]
+    assert names == ["sbatch", "srun", "scontrol", "srun", "scontrol", "srun"]
+    assert calls[2] == "scontrol requeue 5" and calls[1].endswith("-m qwen35_jax.sample --mesh 2x8 --coordinator auto")
