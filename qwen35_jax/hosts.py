@@ -72,6 +72,9 @@ def _join(mesh: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it for who asks; a process that nobody asks would not end
         all_devices()  # which asks the other hosts for theirs
     except (RuntimeError, ValueError) as error:
+        if address is None and isinstance(error, ValueError):  # of a parameter that was neither given nor found
+            text = "nothing here says where the hosts are, as a TPU slice, Slurm and Kubernetes do"
+            raise UserError(f"--coordinator auto: {text}; give --coordinator HOST:PORT, --hosts and --host") from error
         raise UserError(f"the hosts did not come together at {COORDINATOR.value}: {str(error)[:200]}") from error
     finally:
         waiting.cancel()
