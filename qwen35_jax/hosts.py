@@ -16,7 +16,7 @@ from absl import flags
 from qwen35_jax import command
 from qwen35_jax.compat import coordinator_host
 from qwen35_jax.errors import UserError
-from qwen35_jax.lifeline import Lifeline
+from qwen35_jax.lifeline import Lifeline, end_without_waiting
 from qwen35_jax.sharding import all_devices, parse_mesh
 
 COORDINATOR = flags.DEFINE_string(
@@ -45,16 +45,12 @@ def joined(mesh: str) -> Iterator[None]:
     do not find one another in time the process ends, in one line.
     """
     _check()
-    if COORDINATOR.value is not None:
-        _join(mesh)
-    if jax.distributed.is_initialized() and jax.process_count() > 1:
-        with Lifeline(jax.process_index(), jax.process_count(), coordinator_host(), TIMEOUT.value):
-            yield
-    else:
+    with contextlib.nullcontext() if COORDINATOR.value is None else _join(mesh):
         yield
 
 
-def _join(mesh: str) -> None:
+def _join(mesh: str) -> contextlib.AbstractContextManager:
+    """The connection to the others; nothing where there are none."""
     devices = 1
     for n in parse_mesh(mesh):
         devices *= n
@@ -71,10 +67,13 @@ def _join(mesh: str) -> None:
         jax.distributed.initialize(address, HOSTS.value, HOST.value, local_device_ids=[], **times)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it for who asks; a process that nobody asks would not end
         all_devices()  # which asks the other hosts for theirs
+        host, count = jax.process_index(), jax.process_count()
+        line = Lifeline(host, count, coordinator_host(), TIMEOUT.value) if count > 1 else contextlib.nullcontext()
     except (RuntimeError, ValueError) as error:
         if address is None and isinstance(error, ValueError):  # of a parameter that was neither given nor found
             text = "nothing here says where the hosts are, as a TPU slice, Slurm and Kubernetes do"
             raise UserError(f"--coordinator auto: {text}; give --coordinator HOST:PORT, --hosts and --host") from error
+        end_without_waiting()
         raise UserError(f"the hosts did not come together at {COORDINATOR.value}: {str(error)[:200]}") from error
     finally:
         waiting.cancel()
@@ -82,6 +81,7 @@ def _join(mesh: str) -> None:
     ours = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)
     sys.stdout = open(ours, "w", encoding="utf-8", errors="backslashreplace")
+    return line
 
 
 def _give_up() -> None:

@@ -73,8 +73,7 @@ class Lifeline:
         if not told:
             reason = str(error) if isinstance(error, command.EXPECTED) else f"{kind.__name__} {str(error)[:200]}".strip()
             self._tell({"stop": f"{self._name} cannot go on: {reason}"})
-        # The others do not come to the barrier at which JAX has a process wait for them before it ends.
-        atexit.register(_end_now)
+        end_without_waiting()
 
     def _connect(self, address: str, port: int) -> None:
         try:
@@ -155,6 +154,11 @@ def _listen() -> socket.socket:
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
+
+
+def end_without_waiting() -> None:
+    """Has this process, once it ends, not wait for the others at JAX's barrier: they will not come to it. Status 1."""
+    atexit.register(_end_now)
 
 
 def _end_now() -> None:
