@@ -67,6 +67,7 @@ def _join(mesh: str) -> contextlib.AbstractContextManager:
         jax.distributed.initialize(address, HOSTS.value, HOST.value, local_device_ids=[], **times)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX notes it for who asks; a process that nobody asks would not end
         all_devices()  # which asks the other hosts for theirs
+        _print_only_ours()
         host, count = jax.process_index(), jax.process_count()
         line = Lifeline(host, count, coordinator_host(), TIMEOUT.value) if count > 1 else contextlib.nullcontext()
     except (RuntimeError, ValueError) as error:
@@ -77,11 +78,14 @@ def _join(mesh: str) -> contextlib.AbstractContextManager:
         raise UserError(f"the hosts did not come together at {COORDINATOR.value}: {str(error)[:200]}") from error
     finally:
         waiting.cancel()
-    # What libraries print (Gloo does, on CPUs) is no output of ours: it goes to stderr.
+    return line
+
+
+def _print_only_ours() -> None:
+    """What libraries print (Gloo does, on CPUs) goes to stderr, and what other hosts than the first print, nowhere."""
     ours = os.dup(1) if is_first() else os.open(os.devnull, os.O_WRONLY)
     os.dup2(2, 1)
     sys.stdout = open(ours, "w", encoding="utf-8", errors="backslashreplace")
-    return line
 
 
 def _give_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -114,3 +115,13 @@ def test_errors_of_the_scripts_are_one_line(words, message):
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == 1 and done.stdout == "" and line.startswith("error: ") and message in line
+
+
+def test_the_lines_of_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^(?:launch/\w+\.sh|python -m launch\.gke) --dry_run .*$", readme, re.MULTILINE)
+    assert len(lines) == 3
+    for line in lines:
+        words = shlex.split(line)
+        words = [sys.executable, *words[1:]] if words[0] == "python" else [words[0], "--python", sys.executable, *words[1:]]
+        assert "coordinator" in script_output(words)
