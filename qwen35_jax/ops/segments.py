@@ -49,3 +49,47 @@ def check_implementation(op: str, implementation: str | None, available: tuple[s
     """Raise UserError unless the form exists: an op never falls back to another one silently."""
     if implementation is not None and implementation not in available:
         raise UserError(f"{op}: no {implementation!r} implementation; choose from {', '.join(available)}")
+
+
+def entering_segment(segment_ids: jax.Array, axis: str) -> jax.Array:
+    """Id of the last real token on the shards before this one, 0 where there is none: [B].
+
+    Under `shard_map`, with rows cut over mesh axis `axis` into segment_ids [B, T].
+    """
+    before = jnp.arange(jax.lax.axis_size(axis)) < jax.lax.axis_index(axis)
+    last = jax.lax.all_gather(jnp.max(segment_ids, axis=1), axis)  # ids do not fall: the largest is the last
+    return jnp.max(jnp.where(before[:, None], last, 0), axis=0)
+
+
+def first_segment(segment_ids: jax.Array) -> jax.Array:
+    """Id of the first real token of segment_ids [B, T], 0 where there is none: [B]."""
+    largest = jnp.iinfo(segment_ids.dtype).max
+    first = jnp.min(jnp.where(segment_ids > 0, segment_ids, largest), axis=1)
+    return jnp.where(first == largest, 0, first)
+
+
+def document_starts(segment_ids: jax.Array, axis: str) -> jax.Array:
+    """Index in the whole row of the first token of each token's document: int32 [B, T], under `shard_map` as above."""
+    time, rank = segment_ids.shape[1], jax.lax.axis_index(axis)
+    document = segment_index(jnp.concatenate([entering_segment(segment_ids, axis)[:, None], segment_ids], axis=1))
+    opens = document[:, 1:] != document[:, :-1]
+    own = jax.lax.cummax(jnp.where(opens, rank * time + jnp.arange(time, dtype=jnp.int32), 0), axis=1)
+    last = jax.lax.all_gather(own[:, -1], axis)
+    before = jnp.arange(jax.lax.axis_size(axis)) < rank
+    return jnp.maximum(own, jnp.max(jnp.where(before[:, None], last, 0), axis=0)[:, None])
+
+
+def shift_right(x, axis: str, by: int = 1):
+    """Each array of x from the shard `by` places before; zeros where there is none."""
+    count = jax.lax.axis_size(axis)
+    return jax.tree.map(lambda a: jax.lax.ppermute(a, axis, [(i, i + by) for i in range(count - by)]), x)
+
+
+def from_shard(x, axis: str, rank):
+    """Each array of x [B, ...] as shard rank [B] (or one for all rows) has it, on all shards."""
+    mine = jnp.broadcast_to(jax.lax.axis_index(axis) == rank, jax.tree.leaves(x)[0].shape[:1])
+
+    def pick(a):
+        return jax.lax.psum(jnp.where(mine.reshape(-1, *(1,) * (a.ndim - 1)), a, jnp.zeros((), a.dtype)), axis)
+
+    return jax.tree.map(pick, x)

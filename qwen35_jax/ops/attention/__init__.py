@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.attention import cached, tpu, xla
+from qwen35_jax.ops.attention import cached, ring, sharded_cache, tpu, xla
+from qwen35_jax.ops.attention.sharded_cache import ShardedCache
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
+
+__all__ = ["ShardedCache", "attention", "cached_attention"]
 
 FORMS = ("xla", "pallas_tpu")
 
@@ -23,6 +26,7 @@ def attention(
     q_positions: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     implementation: str | None = None,
+    context_axis: str | None = None,
 ) -> jax.Array:
     """Causal attention in blocks: the scores of a block of queries and keys at a time, none above the diagonal.
 
@@ -31,6 +35,8 @@ def attention(
       q_positions: int32 [B, Tq], the index among the keys of each query, which sees the keys up to it; None: 0, 1, ….
       segment_ids: int32 [B, Tk], of the keys; a query sees the keys of its own position's segment only.
       implementation: None (xla), "xla" or "pallas_tpu", which takes no q_positions.
+      context_axis: under `shard_map`, the mesh axis over which Tq and Tk are cut alike; each shard has the next of both. For
+        "xla", without q_positions. What comes out at padding is zero.
 
     Returns:
       [B, Tq, N, H] in q.dtype. Differentiable in q, k and v.
@@ -42,6 +48,12 @@ def attention(
     _check_heads("attention", q, k, v)
     (batch, queries), keys = q.shape[:2], k.shape[1]
     check_segment_ids("attention", segment_ids, batch, keys)
+    if context_axis is not None:
+        if implementation == "pallas_tpu" or q_positions is not None or queries != keys:
+            raise UserError(
+                "attention: with a context_axis pass implementation 'xla', no q_positions and as many keys as queries"
+            )
+        return ring.attention(q, k, v, segment_ids, context_axis)
     if implementation == "pallas_tpu":
         if q_positions is not None:
             raise UserError("attention: pallas_tpu takes no q_positions; pass implementation='xla'")
@@ -66,6 +78,7 @@ def cached_attention(
     start: jax.Array,
     count: jax.Array,
     implementation: str | None = None,
+    layout: ShardedCache | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Append new keys and values to the cache and attend from the new tokens to all that each may see.
 
@@ -77,6 +90,8 @@ def cached_attention(
       count: int32 [B], how many of the T new tokens are real. 0: a dead row, whose slot is left unchanged and whose
         output means nothing. What is written beyond the real tokens is never seen, and overwritten by the next call.
       implementation: None or "xla".
+      layout: under `shard_map`, how the cache (and, if so, T) is cut over a mesh axis: Tc is then of this shard's part, start and
+        count of the whole step.
 
     Returns:
       (out [B, T, N, H] in q.dtype, cache_k, cache_v). Not differentiable.
@@ -101,6 +116,8 @@ def cached_attention(
     for name, x in (("start", start), ("count", count)):
         if x.shape != (batch,):
             raise UserError(f"cached_attention: {name} has shape {x.shape}; pass one number per row, {(batch,)}")
+    if layout is not None:
+        return sharded_cache.cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout)
     return cached.cached_attention(q, k, v, cache_k, cache_v, slots, start, count)
 
 

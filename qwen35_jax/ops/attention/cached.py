@@ -12,13 +12,13 @@ from qwen35_jax.ops.attention import xla
 
 def cached_attention(q, k, v, cache_k, cache_v, slots, start, count):
     """See `ops.attention.cached_attention`."""
-    cache_k = _append(cache_k, k, slots, start, count)
-    cache_v = _append(cache_v, v, slots, start, count)
+    cache_k = append(cache_k, k, slots, start, count)
+    cache_v = append(cache_v, v, slots, start, count)
     attend = _attend_token if q.shape[1] == 1 else _attend_tokens
     return attend(q, cache_k, cache_v, slots, start, count), cache_k, cache_v
 
 
-def _append(cache, new, slots, start, count):
+def append(cache, new, slots, start, count):
     """Write new [B, T, K, H] into cache [S, K, Tc, H] at each row's slot and start; in place if donated."""
     slots = jnp.arange(new.shape[0], dtype=jnp.int32) if slots is None else slots
     # Outside the cache: a scatter drops the whole window of a dead row.
@@ -42,13 +42,22 @@ def _append(cache, new, slots, start, count):
 
 def _attend_token(q, cache_k, cache_v, slots, start, count):
     """T = 1: scores over the whole cache, masked, so that there is no loop to run for every token."""
+    scores, values = token_scores(q, cache_k, cache_v, slots, start)
+    return weighted(jax.nn.softmax(scores, axis=-1), values).reshape(q.shape).astype(q.dtype)
+
+
+def token_scores(q, cache_k, cache_v, slots, last):
+    """Scores [B, K, R, Tc] fp32 of q [B, 1, N, H] with the keys up to index last [B], -inf beyond; and the rows' values."""
     keys, values = (cache_k, cache_v) if slots is None else (cache_k[slots], cache_v[slots])
     queries = xla.split_heads(q, keys.shape[1])[..., 0, :]
     scores = _einsum("bkrh,bksh->bkrs", queries, keys) * q.shape[-1] ** -0.5
-    seen = jnp.arange(keys.shape[2]) <= start[:, None]
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
-    out = _einsum("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
-    return out.reshape(q.shape).astype(q.dtype)
+    seen = jnp.arange(keys.shape[2]) <= last[:, None]
+    return jnp.where(seen[:, None, None], scores, -jnp.inf), values
+
+
+def weighted(weights, values):
+    """Sum of the values [B, K, Tc, H] with weights [B, K, R, Tc]: [B, K, R, H] fp32."""
+    return _einsum("bkrs,bksh->bkrh", weights.astype(values.dtype), values)
 
 
 def _einsum(spec, x, y):
@@ -59,6 +68,15 @@ def _einsum(spec, x, y):
 
 def _attend_tokens(q, cache_k, cache_v, slots, start, count):
     """T > 1: as `attention`, with the keys of each block read from the cache."""
+    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
+    # Dead rows and padding must not make the loop longer: their queries see nothing.
+    positions = jnp.where(jnp.arange(q.shape[1]) < count[:, None], positions, -1)
+    out, _ = attend_cache(q, cache_k, cache_v, slots, positions)
+    return xla.joined(out, q.shape[1]).astype(q.dtype)
+
+
+def attend_cache(q, cache_k, cache_v, slots, positions):
+    """`xla.attend` of q [B, T, N, H] to the keys of the cache up to index positions [B, T]."""
     keys = cache_k.shape[2]
     block = min(xla.BLOCK_K, keys)
 
@@ -68,8 +86,4 @@ def _attend_tokens(q, cache_k, cache_v, slots, start, count):
         k, v = (cut(cache) if slots is None else cut(cache)[slots] for cache in (cache_k, cache_v))
         return k, v, index, fresh, None
 
-    positions = start[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)
-    # Dead rows and padding must not make the loop longer: their queries see nothing.
-    positions = jnp.where(jnp.arange(q.shape[1]) < count[:, None], positions, -1)
-    out, _ = xla.attend(q.astype(cache_k.dtype), positions, None, cache_k.shape[1], fetch, block)
-    return xla.joined(out, q.shape[1]).astype(q.dtype)
+    return xla.attend(q.astype(cache_k.dtype), positions, None, cache_k.shape[1], fetch, block)

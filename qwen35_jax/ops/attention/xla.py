@@ -25,10 +25,10 @@ def attention(q, k, v, q_positions, segment_ids):
 
 
 def _attention_fwd(q, k, v, q_positions, segment_ids):
-    fetch = _key_blocks(k, v, segment_ids)
+    fetch, block = key_blocks(k, v, segment_ids)
     segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
     first = _first_seen(segment_ids, q_positions)
-    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, _block_size(k.shape[1], BLOCK_K, first is not None), first)
+    out, log_sum = attend(q, q_positions, segments, k.shape[2], fetch, block, first)
     out = joined(out, q.shape[1]).astype(q.dtype)
     return out, (q, k, v, q_positions, segment_ids, out, log_sum)
 
@@ -129,7 +129,8 @@ def key_range(j, block: int, keys: int):
     return start, index, index >= j * block
 
 
-def _key_blocks(k, v, segment_ids) -> Callable:
+def key_blocks(k, v, segment_ids) -> tuple[Callable, int]:
+    """What gives the blocks of k, v [B, T, K, H] (see _attend_block), and the size of one."""
     keys = k.shape[1]
     block = _block_size(keys, BLOCK_K, segment_ids is not None)
     k, v = (jnp.swapaxes(x, 1, 2) for x in (k, v))
@@ -140,7 +141,7 @@ def _key_blocks(k, v, segment_ids) -> Callable:
         segments = None if segment_ids is None else cut(segment_ids, axis=1)
         return cut(k, axis=2), cut(v, axis=2), index, fresh, segments
 
-    return fetch
+    return fetch, block
 
 
 def _cut(x, packed: bool, fill=0):
@@ -166,14 +167,28 @@ def joined(x, time: int):
 
 def _attention_bwd(residuals, d_out):
     q, k, v, q_positions, segment_ids, out, log_sum = residuals
-    groups, packed = k.shape[2], segment_ids is not None
-    block = _block_size(k.shape[1], BLOCK_K, packed)
-    # The gradient of a softmax needs sum_s w_s dw_s, which is out . d_out.
-    inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
-    heads = [split_heads(_cut(x, packed), groups) for x in (q, d_out.astype(q.dtype), inner)]
     segments = None if segment_ids is None else _own_segments(segment_ids, q_positions)
-    tokens = _cut_tokens(q_positions, segments, _first_seen(segment_ids, q_positions))
-    fetch = _key_blocks(k, v, segment_ids)
+    places = q_positions, segments, _first_seen(segment_ids, q_positions)
+    zero = jnp.zeros_like(jnp.swapaxes(k, 1, 2), dtype=jnp.float32)
+    heads = gradient_heads(q, out, d_out, k.shape[2], segments is not None)
+    d_q, d_k, d_v = attend_bwd(heads, places, log_sum, *key_blocks(k, v, segment_ids), (zero, zero))
+    d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
+    return joined(d_q, q.shape[1]).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+
+
+def gradient_heads(q, out, d_out, groups: int, packed: bool):
+    """q, the gradient of the output, and what the gradient of a softmax needs, sum_s w_s dw_s = out . d_out, in blocks."""
+    inner = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1, keepdims=True)
+    return [split_heads(_cut(x, packed), groups) for x in (q, d_out.astype(q.dtype), inner)]
+
+
+def attend_bwd(heads, places, log_sum, fetch: Callable, block: int, d_keys):
+    """The gradient of `attend`: that of q, in blocks, and d_keys [B, K, T, H] of k and v with their parts added, in fp32.
+
+    heads: see gradient_heads. places: positions, segments, first. log_sum: of the softmax over all keys, which may be more than
+    those of `fetch`.
+    """
+    tokens = _cut_tokens(*places)
 
     def body(d_keys, inputs):
         q, d_out, inner, positions, segments, first, log_sum = inputs
@@ -193,11 +208,8 @@ def _attention_bwd(residuals, d_out):
         d_q, *d_keys = jax.lax.fori_loop(*_blocks_seen(positions, first, block), keys, start)
         return tuple(d_keys), d_q
 
-    zero = jnp.zeros_like(jnp.swapaxes(k, 1, 2), dtype=jnp.float32)
-    inputs = (*heads, *tokens, log_sum)
-    (d_k, d_v), d_q = jax.lax.scan(body, (zero, zero), inputs)
-    d_k, d_v = (jnp.swapaxes(x, 1, 2) for x in (d_k, d_v))
-    return joined(d_q, q.shape[1]).astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None, None
+    d_keys, d_q = jax.lax.scan(body, d_keys, (*heads, *tokens, log_sum))
+    return d_q, *d_keys
 
 
 def _add_at(total, start, part):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.causal_conv import xla
+from qwen35_jax.ops.causal_conv import context, xla
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
 ACTIVATIONS = (None, "silu")
@@ -20,6 +20,7 @@ def causal_conv1d(
     segment_ids: jax.Array | None = None,
     activation: str | None = "silu",
     implementation: str | None = None,
+    context_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """y_t = act(sum_j w[..., j] x_{t - W + 1 + j}), each channel by itself; W = 4 as published.
 
@@ -31,6 +32,8 @@ def causal_conv1d(
       segment_ids: int32 [B, T], non-decreasing, 0 = padding at the end of a row. No token sees another segment.
       activation: "silu" or None.
       implementation: None or "xla".
+      context_axis: under `shard_map`, the mesh axis over which T is cut; each shard has the next T tokens. The state is that
+        before the first shard, and the new one that after the last with real tokens, on all shards.
 
     Returns:
       y [B, T, *ch] in x.dtype (computed in fp32), and the new state [B, W - 1, *ch] in x.dtype: the last raw inputs
@@ -51,4 +54,6 @@ def causal_conv1d(
     check_segment_ids("causal_conv1d", segment_ids, *x.shape[:2])
     if state is None:
         state = jnp.zeros_like(x, shape=expected)
+    if context_axis is not None:
+        return context.causal_conv1d(x, w, state.astype(x.dtype), segment_ids, activation, context_axis)
     return xla.causal_conv1d(x, w, state.astype(x.dtype), segment_ids, activation)

@@ -6,12 +6,14 @@ Per value head, with state S [Hk, Hv]: S <- exp(g) S; u = beta (v - S^T k); S <-
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu, tpu_decode, xla
+from qwen35_jax.ops.gated_delta import context, gpu, gpu_decode, tpu, tpu_decode, xla
 from qwen35_jax.ops.gated_delta.kept import KEPT, OUT
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
@@ -36,6 +38,7 @@ def gated_delta_rule(
     segment_ids: jax.Array | None = None,
     normalize_qk: bool = True,
     implementation: str | None = None,
+    context_axis: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Run the recurrence over whole sequences, in chunks.
 
@@ -46,6 +49,8 @@ def gated_delta_rule(
         The state starts from zero where the id changes.
       normalize_qk: divide q and k by their length (x * rsqrt(sum x^2 + 1e-6)) first.
       implementation: None (xla), "xla", "pallas_tpu" or "pallas_gpu" (Hopper, JAX 0.11 or newer; bf16 q, k and v).
+      context_axis: under `shard_map`, the mesh axis over which T is cut; each shard has the next T tokens. initial_state is that
+        before the first shard, and final_state that after the last, on all shards.
 
     Returns:
       out [B, T, N, Hv] in v.dtype and final_state [B, N, Hk, Hv] fp32, that of the last segment. Differentiable in q,
@@ -61,7 +66,11 @@ def gated_delta_rule(
     expected = (q.shape[0], v.shape[2], q.shape[3], v.shape[3])
     if initial_state is not None and initial_state.shape != expected:
         raise UserError(f"gated_delta_rule: initial_state is {initial_state.shape}; pass [B, N, Hk, Hv] = {expected}")
-    out, final = RULES[implementation or "xla"](q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
+    rule = RULES[implementation or "xla"]
+    if context_axis is not None:
+        exact = implementation in (None, "xla")
+        rule = functools.partial(context.gated_delta_rule, rule, axis=context_axis, exact=exact)
+    out, final = rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
     return checkpoint_name(out, OUT), final
 
 

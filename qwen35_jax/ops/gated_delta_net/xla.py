@@ -29,10 +29,17 @@ def gates(x: dict, w: dict) -> tuple[jax.Array, jax.Array]:
     return decay, jax.nn.sigmoid(x["b"].astype(jnp.float32))
 
 
-def convolve(x: dict, w: dict, segment_ids: jax.Array | None, rows: dict | None, implementation: str | None = None):
+def convolve(
+    x: dict,
+    w: dict,
+    segment_ids: jax.Array | None,
+    rows: dict | None,
+    implementation: str | None = None,
+    context_axis: str | None = None,
+):
     """q, k and v [B, T, heads, width] after their convolutions, in one call over all channels, and their new windows.
 
-    rows: the windows before, [B, W - 1, heads, width] each; None: zeros.
+    rows: the windows before, [B, W - 1, heads, width] each; None: zeros. context_axis: as in `causal_conv1d`.
     """
     parts = [x["q"], x["k"], x["v"]]
     sizes = [p.shape[2] * p.shape[3] for p in parts]
@@ -41,7 +48,8 @@ def convolve(x: dict, w: dict, segment_ids: jax.Array | None, rows: dict | None,
     state = None
     if rows is not None:
         state = jnp.concatenate([rows[n].reshape(*rows[n].shape[:2], -1) for n in WINDOWS], axis=-1)
-    y, window = causal_conv1d(flat, weight, state=state, segment_ids=segment_ids, implementation=implementation)
+    options = {"implementation": implementation, "context_axis": context_axis}
+    y, window = causal_conv1d(flat, weight, state=state, segment_ids=segment_ids, **options)
 
     def split(a):
         ends = [sum(sizes[: i + 1]) for i in range(2)]
