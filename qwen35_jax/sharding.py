@@ -1,7 +1,8 @@
 """From `--mesh 8x1` to devices, and from logical axis letters to mesh axes. The only place that knows both.
 
 A mesh always has three axes: `replica` (outer data), `data` (tokens) and `model` (heads, features, vocabulary). Modules name
-logical axes only; `AXIS_RULES` maps them. A logical shape is a string of letters such as "B T D", one letter a dimension.
+logical axes only; `AXIS_RULES` maps them, with `CONTEXT_RULES` over it where sequences are cut. A logical shape is a string of
+letters such as "B T D", one letter a dimension.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from qwen35_jax.errors import OtherHostError, UserError
 MESH_AXES = ("replica", "data", "model")
 MAX_VIRTUAL_DEVICES = 1024  # beyond them a mistyped mesh would keep the machine busy for minutes
 
-# Letters that are not named here (T, D, H, U, ...) are never sharded.
+# Letters that are not named here (D, H, U, ...) are never sharded.
 AXIS_RULES: dict[str, tuple[str, ...]] = {
     "B": ("replica", "data"),
     "S": ("replica", "data"),
+    "J": ("replica", "data"),  # what each shard of the tokens says for itself, a row a shard
+    "T": (),
+    "P": (),  # places of a cache of keys and values
     "N": ("model",),
     "K": ("model",),
     "F": ("model",),
@@ -37,6 +41,10 @@ AXIS_RULES: dict[str, tuple[str, ...]] = {
     "E": ("data", "model"),
     "I": ("replica", "data", "model"),  # rows of patches, where `model` does not divide the vision tower
 }
+# What context parallelism changes: sequences lie across `data`, and a row is on all data shards of its replica.
+CONTEXT_RULES: dict[str, tuple[str, ...]] = {"B": ("replica",), "S": ("replica",), "T": ("data",), "P": ("data",)}
+# And in steps of one token, which there is nothing to cut of: every data shard has it.
+ONE_TOKEN_RULES: dict[str, tuple[str, ...]] = CONTEXT_RULES | {"T": (), "J": ("replica",)}
 
 
 def parse_mesh(text: str) -> tuple[int, int, int]:
@@ -121,9 +129,31 @@ def all_devices() -> list[jax.Device]:
 
 @dataclasses.dataclass(frozen=True)
 class Sharding:
-    """The mesh together with the axis rules: everything that a module needs to know about devices."""
+    """The mesh together with the axis rules: everything that a module needs to know about devices.
+
+    context_parallel: T is cut over `data`, and rows over `replica` alone. one_token: the same devices and caches, for steps of a
+    single token.
+    """
 
     mesh: Mesh
+    context_parallel: bool = False
+    one_token: bool = False
+
+    @functools.cached_property
+    def rules(self) -> dict[str, tuple[str, ...]]:
+        """The mesh axes of each letter."""
+        if not self.context_parallel:
+            return AXIS_RULES
+        return AXIS_RULES | (ONE_TOKEN_RULES if self.one_token else CONTEXT_RULES)
+
+    @property
+    def context_axis(self) -> str | None:
+        """The mesh axis over which T is cut, None where it is whole."""
+        return self.rules["T"][0] if self.rules["T"] else None
+
+    def for_one_token(self) -> Sharding:
+        """For the steps that decode after prefills on this one."""
+        return dataclasses.replace(self, one_token=True) if self.context_parallel else self
 
     @property
     def model(self) -> int:
@@ -132,15 +162,15 @@ class Sharding:
     @property
     def batch(self) -> int:
         """How many ways B and S are cut: batches are padded to a multiple of it."""
-        return self.mesh.shape["replica"] * self.mesh.shape["data"]
+        return self.size("B")
 
     def size(self, letter: str) -> int:
         """Number of shards of a logical axis."""
-        return _product(self.mesh.shape[a] for a in AXIS_RULES.get(letter, ()))
+        return _product(self.mesh.shape[a] for a in self.rules.get(letter, ()))
 
     def spec(self, axes: str, **replaced: tuple[str, ...]) -> P:
         """PartitionSpec of a logical shape. `replaced` overrides the rule of a letter. A mesh axis used twice is an error."""
-        rules = {**AXIS_RULES, **replaced}
+        rules = {**self.rules, **replaced}
         entries = [rules.get(letter, ()) for letter in axes.split()]
         used = [a for entry in entries for a in entry]
         if len(used) != len(set(used)):
@@ -224,6 +254,9 @@ class Sharding:
 
 def check_mesh(config: ModelConfig, sharding: Sharding) -> None:
     """UserError, naming meshes that work, where the model cannot be cut as the mesh asks."""
+    if sharding.context_parallel and sharding.mesh.shape["data"] == 1:
+        shape = "x".join(str(n) for n in sharding.mesh.devices.shape)
+        raise UserError(f"context parallelism cuts sequences over `data`, which is 1 in mesh {shape}: use one such as 8x1")
     problem = _mesh_problem(config, sharding.mesh.shape["data"], sharding.model)
     if problem:
         count = sharding.mesh.size

@@ -10,13 +10,13 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.model.inputs import Inputs
 from qwen35_jax.model.params import declare
 from qwen35_jax.model.products import Products
-from qwen35_jax.ops.attention import attention, cached_attention
+from qwen35_jax.ops.attention import ShardedCache, attention, cached_attention
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.norm import rms_norm
 from qwen35_jax.ops.rotary import apply_rotary
 from qwen35_jax.sharding import Sharding
 
-CACHE_AXES = {"k": "S K T H", "v": "S K T H"}
+CACHE_AXES = {"k": "S K P H", "v": "S K P H"}
 
 
 class GatedAttention(nnx.Module):
@@ -53,17 +53,23 @@ class GatedAttention(nnx.Module):
         return s.constrain(multiply(y, out, "BTNH,NHD->BTD"), "B T D"), cache
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, inputs: Inputs) -> jax.Array:
+        options = {"implementation": self.forms.attention, "context_axis": self.sharding.context_axis}
+
         def local(q, k, v, segment_ids):
-            return attention(q, k, v, segment_ids=segment_ids, implementation=self.forms.attention)
+            return attention(q, k, v, segment_ids=segment_ids, **options)
 
         heads = ("B T N H", "B T K H", "B T K H", "B T")
         return self.sharding.shard_map(local, heads, "B T N H")(q, k, v, inputs.segment_ids)
 
     def _attend_cached(self, q, k, v, inputs: Inputs, cache: dict) -> tuple[jax.Array, dict]:
+        layout = None
+        if self.sharding.context_parallel:
+            layout = ShardedCache("data", inputs.chunk // self.sharding.size("P"), self.sharding.context_axis is not None)
+
         def local(q, k, v, cache, slots, start, count):
             out, cache_k, cache_v = cached_attention(
                 q, k, v, cache["k"], cache["v"],
-                slots=slots, start=start, count=count, implementation=self.forms.cached_attention,
+                slots=slots, start=start, count=count, implementation=self.forms.cached_attention, layout=layout,
             )  # fmt: skip
             return out, {"k": cache_k, "v": cache_v}
 

@@ -108,10 +108,14 @@ class Model:
         places = P.abstract(units, self.sharding, self.config.num_units)
         return params | {"units": P.stack(trees, places) if stacked else trees}
 
-    def inputs(self, positions, segment_ids, *, start=None, slots=None) -> Inputs:
+    def for_one_token(self) -> Model:
+        """The same model for steps of one token, see `Sharding.for_one_token`."""
+        return dataclasses.replace(self, sharding=self.sharding.for_one_token())
+
+    def inputs(self, positions, segment_ids, *, start=None, slots=None, chunk: int = 0) -> Inputs:
         """Rotary angles and masks for tokens at `positions` [B, T] (or [3, B, T]: time, height, width)."""
         cos, sin = rotary_angles(positions, self.config.rope, self.config.rotary_dim)
-        return Inputs(cos, sin, segment_ids, start, slots)
+        return Inputs(cos, sin, segment_ids, start, slots, chunk)
 
     def embed(self, params: dict, tokens: jax.Array, vision: VisionRows | None = None) -> jax.Array:
         """Token ids [B, T] int32 -> [B, T, D]; rows of the vision tower take the places of their placeholders."""

@@ -82,16 +82,17 @@ class GatedDeltaNet(nnx.Module):
 
     def _mix(self, x: dict, w: dict, segment_ids: jax.Array, slots: jax.Array | None, state: dict | None):
         """Convolution, gates and recurrence on one device's heads and rows."""
-        if state is not None and x["q"].shape[1] == 1:
+        axis = self.sharding.context_axis
+        if state is not None and x["q"].shape[1] == 1 and axis is None:
             form = self.forms.gated_delta_step
             return gated_delta_net_step(x, w, state, slots, active=segment_ids > 0, implementation=form)
         rows = state if state is None or slots is None else {name: s[slots] for name, s in state.items()}
-        (q, k, v), windows = convolve(x, w, segment_ids, rows, self.forms.causal_conv1d)
+        (q, k, v), windows = convolve(x, w, segment_ids, rows, self.forms.causal_conv1d, axis)
         decay, beta = gates(x, w)
         out, recurrent = gated_delta_rule(
             q, k, v, decay, beta,
             initial_state=None if rows is None else rows["recurrent"],
-            segment_ids=segment_ids, implementation=self.forms.gated_delta_rule,
+            segment_ids=segment_ids, implementation=self.forms.gated_delta_rule, context_axis=axis,
         )  # fmt: skip
         if state is None:
             return out, None

@@ -20,7 +20,8 @@ class Inputs:
 
     cos, sin: [B, T, R] float32 rotary angles. segment_ids: [B, T] int32, non-decreasing over real tokens, 0 = padding.
     With a decoding state: start [B] int32 tokens already cached, and slots [B] int32 (None: row b is slot b), counted within the
-    device's own share of the slots.
+    device's own share of the slots. chunk: with context parallelism, the tokens of each prefill, by which the cache is laid out
+    (see `ops.attention.ShardedCache`).
     """
 
     cos: jax.Array
@@ -28,6 +29,7 @@ class Inputs:
     segment_ids: jax.Array
     start: jax.Array | None = None
     slots: jax.Array | None = None
+    chunk: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -51,10 +53,11 @@ class VisionRows:
     mask: jax.Array
 
 
-# Logical axes of the decoding state: U units, L Gated DeltaNet layers of a unit, S slots, W the three tokens of a window.
+# Logical axes of the decoding state: U units, L Gated DeltaNet layers of a unit, S slots, P places of the cache, W the three
+# tokens of a window.
 STATE_AXES = {
-    "k": "U S K T H",
-    "v": "U S K T H",
+    "k": "U S K P H",
+    "v": "U S K P H",
     "conv_q": "U L S W K H",
     "conv_k": "U L S W K H",
     "conv_v": "U L S W N H",
@@ -119,12 +122,27 @@ def zero_slots(state: dict, reset: jax.Array) -> dict:
 
 def take_slots(sharding: Sharding, x: jax.Array, slots: jax.Array) -> jax.Array:
     """Rows x[slots] of x [S, ...], slots [B] counted within each device's own share."""
-    axes = " ".join(["S", *"T" * (x.ndim - 1)])
+    axes = " ".join(["S", *"D" * (x.ndim - 1)])
     return sharding.shard_map(lambda x, slots: x[slots], (axes, "B"), axes.replace("S", "B"))(x, slots)
 
 
 def put_slots(sharding: Sharding, x: jax.Array, slots: jax.Array, rows: jax.Array) -> jax.Array:
     """x [S, ...] with x[slots] replaced by rows [B, ...]."""
-    axes = " ".join(["S", *"T" * (x.ndim - 1)])
+    axes = " ".join(["S", *"D" * (x.ndim - 1)])
     put = sharding.shard_map(lambda x, slots, rows: x.at[slots].set(rows), (axes, "B", axes.replace("S", "B")), axes)
     return put(x, slots, rows)
+
+
+def take_token(sharding: Sharding, x: jax.Array, index: jax.Array) -> jax.Array:
+    """Row x[b, index[b]] of each sequence of x [B, T, D]: [B, D]. index [B] counts over the whole sequence."""
+    axis = sharding.context_axis
+
+    def local(x, index):
+        if axis is None:
+            return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
+        index = index - jax.lax.axis_index(axis) * x.shape[1]
+        here = (index >= 0) & (index < x.shape[1])
+        row = jnp.take_along_axis(x, jnp.clip(index, 0, x.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+        return jax.lax.psum(jnp.where(here[:, None], row, jnp.zeros((), x.dtype)), axis)
+
+    return sharding.shard_map(local, ("B T D", "B"), "B D")(x, index)

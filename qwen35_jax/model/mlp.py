@@ -62,7 +62,7 @@ class MoeMlp(nnx.Module):
         """x [B, T, D] -> ([B, T, D], the load [E] of its experts); padding is routed nowhere."""
         logits = self.multiply(x, self.router.get_value(), "BTD,DX->BTX", jnp.float32)
         # Left to the partitioner, the top k of some backends gathers the logits of all tokens first.
-        mapped = self.sharding.shard_map(self._route, ("B T X", "B T"), ("B T X", "B X"))
+        mapped = self.sharding.shard_map(self._route, ("B T X", "B T"), ("B T X", "J X"))
         routing, load = mapped(logits, inputs.segment_ids > 0)
         experts = {name: getattr(self.experts, name).get_value() for name in EXPERT_AXES}
         options = {"implementation": self.grouped, "fp8_activations": self.fp8_activations}

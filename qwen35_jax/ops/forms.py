@@ -36,11 +36,11 @@ class Forms:
     moe: str = "gather"
 
 
-def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto") -> Forms:
+def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto", *, context_parallel: bool = False) -> Forms:
     """The form of each op for the mesh's device kind (abstract devices too) and the model's head widths.
 
     auto: the best form. xla: the one that runs everywhere. pallas: our kernels, an error where there are none; an op that
-    has no kernel, or none for these widths, keeps its XLA form, as `sample --stats` shows.
+    has no kernel, or none for these widths or for `context_parallel`, keeps its XLA form, as `sample --stats` shows.
     """
     device = mesh.devices.flat[0]
     if kernels not in KERNEL_CHOICES:
@@ -49,7 +49,10 @@ def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto") -> For
     forms = _kernels_for(device, config, mesh.devices.size)
     if kernels == "pallas" and forms is None:
         raise UserError(f"kernels 'pallas': there are none for {device.device_kind}, only for {_WHERE}; use auto or xla")
-    return Forms() if kernels == "xla" or forms is None else forms
+    if kernels == "xla" or forms is None:
+        return Forms()
+    # The splash kernel knows which blocks are above the diagonal when it is compiled: not those of keys that come by.
+    return dataclasses.replace(forms, attention="xla") if context_parallel else forms
 
 
 _WHERE = "TPU and, with JAX 0.11 or newer, H100 and H200"

@@ -16,6 +16,7 @@ def default_config() -> ConfigDict:
     """All fields of a training run. Unknown fields are errors, in a file and on the command line (`--config.steps=100`)."""
     c = ConfigDict()
     c.mesh = "1x1"  # DATAxMODEL or REPLICAxDATAxMODEL
+    c.context_parallel = False  # cut each sequence over `data`, for long ones; batches are cut over `replica` alone then
     c.steps = 1000  # optimizer steps
     c.seed = 0  # of random weights and of LoRA
     c.dtype = "bfloat16"  # of the computation; trained parameters are float32

@@ -69,7 +69,7 @@ def _forward(sharding, hidden, head, targets, weights):
         return log_sums[None], nll[None], square[None]
 
     axes = ("B T D", "V D", "B T", "B T")
-    log_sums, nll, square = sharding.shard_map(local, axes, ("B X T", "B", "B"))(hidden, head, targets, weights)
+    log_sums, nll, square = sharding.shard_map(local, axes, ("J X C", "J", "J"))(hidden, head, targets, weights)
     return (jnp.sum(nll), jnp.sum(square)), (hidden, head, targets, weights, log_sums)
 
 
@@ -99,7 +99,7 @@ def _backward(sharding, residuals, gradients):
         hidden_gradient = jax.lax.psum(hidden_gradient.reshape(hidden.shape), "model")
         return hidden_gradient.astype(hidden.dtype), jax.lax.psum(head_gradient, ("replica", "data")).astype(head.dtype)
 
-    axes = ("B T D", "V D", "B T", "B T", "B X T", "", "")
+    axes = ("B T D", "V D", "B T", "B T", "J X C", "", "")
     mapped = sharding.shard_map(local, axes, ("B T D", "V D"))
     hidden_gradient, head_gradient = mapped(*residuals, nll_gradient, square_gradient)
     return hidden_gradient, head_gradient, None, None

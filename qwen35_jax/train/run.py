@@ -163,13 +163,18 @@ def frozen_paths(config: ConfigDict, model: ModelConfig) -> tuple[str, ...]:
 
 def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) -> Run:
     """Everything but arrays. `devices`: other ones than this machine's, for compiling without them."""
-    sharding = Sharding(make_mesh(config.mesh, devices))
+    sharding = Sharding(make_mesh(config.mesh, devices), config.context_parallel)
     check_mesh(origin.config, sharding)
+    cuts = sharding.size("T")
+    if config.data.sequence_length % cuts:
+        text = f"config.data.sequence_length ({config.data.sequence_length}) must be a multiple of {cuts}"
+        raise UserError(f"{text}: config.context_parallel cuts sequences over the data shards")
     ways = sharding.batch * config.accumulate
     if config.data.batch_size % ways:
         text = f"config.data.batch_size ({config.data.batch_size}) must be a multiple of {ways}"
-        raise UserError(f"{text}: {sharding.batch} data shards x accumulate {config.accumulate}")
-    model = Model(origin.config, sharding, resolve_forms(sharding.mesh, origin.config, config.kernels))
+        raise UserError(f"{text}: {sharding.batch} shards of the batch x accumulate {config.accumulate}")
+    forms = resolve_forms(sharding.mesh, origin.config, config.kernels, context_parallel=config.context_parallel)
+    model = Model(origin.config, sharding, forms)
     tower = make_tower(config, model)
     axes, kept = logical_axes(model, tower), kept_params(model, tower)
     if config.lora.rank:

@@ -32,11 +32,14 @@ def moe_apply(
     specs = {name: sharding.parameter_spec(axes, *shapes[name]) for name, axes in EXPERT_AXES.items()}
     expert_axes, f_axes = sharding.expert_axes(*(dict(zip(EXPERT_AXES["gate"].split(), s, strict=True)) for s in shapes["gate"]))
     tokens = sharding.spec("B T D")
+    cut = "data" in (*sharding.rules["B"], *sharding.rules["T"])
     local = functools.partial(
         gather_experts,
         expert_axes=expert_axes,
-        # Partial over `model` where it cuts E or F; where it cuts neither, every model shard has the whole sum.
-        partial_axes=("model",) if "model" in expert_axes or f_axes else (),
+        gathered=cut,
+        # Partial over `model` where it cuts E or F; where it cuts neither, every model shard has the whole sum. Partial over
+        # `data` where every data shard has all tokens already: what is gathered is scattered again.
+        partial_axes=tuple(a for a in (*expert_axes, *f_axes) if a != "data" or not cut),
         implementation=implementation,
         fp8_activations=fp8_activations,
     )

@@ -20,16 +20,17 @@ BUFFER_BYTES = 256 * 2**20
 
 
 def gather_experts(
-    x, routing: Routing, experts: dict, *, expert_axes, partial_axes, implementation: str | None, fp8_activations: bool = False
+    x, routing: Routing, experts: dict, *, expert_axes, partial_axes, gathered=True, implementation=None, fp8_activations=False
 ):
     """One device's part of the mixture of experts; runs inside `shard_map`.
 
     x [b, T, D] with routing [b, T, k] for the device's own tokens; experts gate and up [E', D, F'], down [E', F', D] its own
     share. `expert_axes` are the mesh axes over which E is cut, `partial_axes` those over which outputs are partial sums.
+    `gathered`: tokens are cut over `data`; without it every data shard has them all.
     """
     b, t, d = x.shape
     tokens, ids, weights = (a.reshape(b * t, -1) for a in (x, routing.experts, routing.weights))
-    shards = jax.lax.axis_size("data")
+    shards = jax.lax.axis_size("data") if gathered else 1
     if shards > 1:
         tokens, ids, weights = (jax.lax.all_gather(a, "data", tiled=True) for a in (tokens, ids, weights))
     local = jax.tree.leaves(experts["gate"])[0].shape[0]

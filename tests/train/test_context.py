@@ -1,0 +1,73 @@
+"""Training with sequences cut over `data`: the same losses and gradients as whole ones, of documents that straddle the cuts."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.train.run import initial_state
+from tests.train.conftest import LENGTH, ROWS, random_batch, small_run
+
+CASES = [  # cuts, mesh, whether the model is dense
+    (8, "8x1", False),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "2x1", False), (4, "4x2", False), (2, "2x2x2", False))),
+    *(pytest.param(*case, True, marks=pytest.mark.slow) for case in ((2, "2x1"), (4, "4x2"), (8, "8x1"))),
+]
+CHANGES = {"num_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 64, "shared_expert_intermediate_size": 0}
+DENSE = {f"model__changes__{name}": value for name, value in CHANGES.items()}
+
+
+def at_cuts(shards: int) -> dict[str, np.ndarray]:
+    """The random batch; its first rows are a document for each shard, one for all of them, and one that ends in the first."""
+    batch = random_batch()
+    size = LENGTH // shards
+    batch["segment_ids"][0] = np.repeat(np.arange(1, shards + 1), size)
+    batch["segment_ids"][1] = 1
+    batch["segment_ids"][2] = np.arange(LENGTH) < size - 1
+    batch["loss_weights"] = np.where(batch["segment_ids"] > 0, np.maximum(batch["loss_weights"], 0.25), 0).astype(np.float32)
+    return batch
+
+
+@functools.cache
+def loss_and_gradients(shards: int, mesh: str, context_parallel: bool, dense: bool):
+    run = small_run(mesh=mesh, context_parallel=context_parallel, **(DENSE if dense else {}))
+    state = initial_state(run)
+    batch = jax.device_put(at_cuts(shards), jax.tree.map(lambda x: x.sharding, run.train_step().arguments[1]))
+
+    @jax.jit
+    def both(params, batch):
+        def loss(params):
+            sums = run.loss.sums(params, state["frozen"], batch)
+            return run.loss.total(sums, run.loss.totals(batch)), sums
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    return jax.tree.map(np.asarray, both(state["params"], batch))
+
+
+@pytest.mark.parametrize(("shards", "mesh", "dense"), CASES)
+def test_losses_and_gradients(shards, mesh, dense):
+    """The losses of the next token, of the MTP layer and of the experts' balance within 2e-5, gradients within 2e-4."""
+    (want, want_sums), want_gradients = loss_and_gradients(shards, "1x1", False, dense)
+    (got, sums), gradients = loss_and_gradients(shards, mesh, True, dense)
+    assert {"nll", "mtp_nll"} <= set(sums) and ("balance" in sums) != dense
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    for name, expected in want_sums.items():
+        np.testing.assert_allclose(sums[name], expected, rtol=2e-5, err_msg=name)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(gradients), jax.tree.leaves(want_gradients), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4 * np.abs(y).max(), rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_length_that_cannot_be_cut():
+    with pytest.raises(UserError, match="sequence_length .44. must be a multiple of 8: config.context_parallel cuts"):
+        small_run(mesh="8x1", context_parallel=True, data__sequence_length=44)
+
+
+def test_rows_are_cut_over_replica_alone():
+    run = small_run(mesh="2x4x1", context_parallel=True)
+    (tokens,) = {x.sharding.shard_shape(x.shape) for x in run.train_step().arguments[1].values()}
+    assert tokens == (ROWS // 2, LENGTH // 4)
