@@ -21,6 +21,8 @@ from qwen35_jax.program import placing
 from qwen35_jax.sharding import to_host
 
 SMALLEST_BUCKET = 64
+# A shard's convolution takes its window, three tokens, from the shard before it alone.
+MIN_SHARD_TOKENS = 4
 # A streaming caller gets tokens at least this often (seconds), as soon as the speed is known.
 STREAM_INTERVAL = 0.1
 
@@ -58,6 +60,17 @@ def prompt_buckets(length: int, chunk: int) -> list[int]:
     while bucket < rest:
         bucket *= 2
     return [chunk] * full + [min(bucket, chunk)]
+
+
+def context_buckets(length: int, chunk: int, shards: int) -> list[int]:
+    """Lengths of the prefill calls that cover `length` tokens with context parallelism: all alike, cut over so many shards."""
+    size = cut_length(prompt_buckets(length, chunk)[0], shards)
+    return [size] * -(-length // size)
+
+
+def cut_length(length: int, shards: int) -> int:
+    """The next length that can be cut over so many shards: equally many tokens each, and no fewer than a convolution needs."""
+    return max(-(-length // shards), MIN_SHARD_TOKENS) * shards if shards > 1 else length
 
 
 def capacity_bucket(tokens: int) -> int:
@@ -121,9 +134,15 @@ class Generation:
         sharding = programs.model.sharding
         lengths = [len(r.tokens) for r in requests]
         self.chunks = prompt_buckets(max(lengths), prefill_chunk)
+        if sharding.context_parallel:
+            self.chunks = context_buckets(max(lengths), prefill_chunk, sharding.size("T"))
         self.slots = slot_bucket(len(requests), sharding.batch)
         longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
         self.capacity = capacity_bucket(max(longest, sum(self.chunks)))
+        self.decode_options = {}
+        if sharding.context_parallel:
+            self.capacity = -(-self.capacity // self.chunks[0]) * self.chunks[0]
+            self.decode_options = {"chunk": self.chunks[0]}
         self.controls = self._controls()
         # Batches of text alone need not carry rows of the vision tower along.
         self.vision = any(r.placed for r in requests)
@@ -159,14 +178,14 @@ class Generation:
             self._start_decode()
 
     def _start_decode(self) -> None:
-        self.programs.start(steps.make_decode, *self._shape(steps.make_decode))
+        self.programs.start(steps.make_decode, *self._shape(steps.make_decode), **self.decode_options)
 
     def _shape(self, make: Callable, *extra: int) -> tuple:
         vocabulary = () if make in (steps.make_empty, steps.make_prefill) else (self.programs.vocabulary,)
         return (self.slots, *extra, self.capacity, *vocabulary)
 
-    def _program(self, make: Callable, *extra: int) -> Callable:
-        return self.programs.get(make, *self._shape(make, *extra))
+    def _program(self, make: Callable, **options) -> Callable:
+        return self.programs.get(make, *self._shape(make), **options)
 
     @property
     def _options(self) -> dict[str, bool]:
@@ -211,7 +230,7 @@ class Generation:
     def decode(self, streaming: bool) -> Iterator[tuple[int, list[int]]]:
         """Runs the loop on the device once and yields what each live row said."""
         count = self._steps() if streaming else steps.MAX_STEPS
-        decode = self._program(steps.make_decode)
+        decode = self._program(steps.make_decode, **self.decode_options)
         begin = time.perf_counter()
         self.session, tokens = decode(self.programs.params, self.session, self.controls, np.int32(count))
         tokens = to_host(tokens)

@@ -12,7 +12,7 @@ import numpy as np
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import steps
-from qwen35_jax.generate.generation import Generation, Programs, Request, Timing, prompt_buckets, slot_bucket
+from qwen35_jax.generate.generation import Generation, Programs, Request, Timing, cut_length, prompt_buckets, slot_bucket
 from qwen35_jax.generate.multimodal import (
     VISION_OPTIONS,
     Prepared,
@@ -100,7 +100,7 @@ class LanguageModel:
         tokens, segments = self._checked(token_ids, segment_ids)
         visuals = self._read(as_pictures(images, videos), vision_options)
         (b, t), shards = tokens.shape, self.model.sharding.batch
-        rows, length = slot_bucket(b, shards), sum(prompt_buckets(t, 4096))
+        rows, length = slot_bucket(b, shards), cut_length(sum(prompt_buckets(t, 4096)), self.model.sharding.size("T"))
         pad = ((0, rows - b), (0, length - t))
         more = ()
         if visuals:

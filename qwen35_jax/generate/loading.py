@@ -45,6 +45,7 @@ def load(
     kernels: str = "auto",
     seed: int = 0,
     random_weights: bool = False,
+    context_parallel: bool = False,
 ) -> LanguageModel:
     """Loads a model onto a mesh.
 
@@ -61,6 +62,8 @@ def load(
         kernels: auto, xla, or pallas (TPU and Hopper only).
         seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
+        context_parallel: cut sequences over `data`, and the cache with them, for prompts too long for one device; batches are cut
+            over `replica` alone. `prefill_chunk` tokens are then read by all data shards together.
 
     Raises UserError for whatever is wrong with the input.
     """
@@ -73,7 +76,7 @@ def load(
         raise UserError(f"a revision belongs to a hub id, but {name} is a preset; a directory of that name is ./{name}")
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed is {seed}; it must be 0 to {LARGEST_SEED}")
-    sharding = Sharding(make_mesh(mesh))
+    sharding = Sharding(make_mesh(mesh), context_parallel)
     if name in PRESETS and name != "tiny":
         config, directory = ModelConfig.preset(name), TINY
         random_weights = True
@@ -97,7 +100,7 @@ def load(
     )
     stored = None if random_weights else source
     config, params = _parameters(config, sharding, kernels, stored, seed)
-    model = Model(config, sharding, resolve_forms(sharding.mesh, config, kernels))
+    model = Model(config, sharding, resolve_forms(sharding.mesh, config, kernels, context_parallel=context_parallel))
     return LanguageModel(
         model,
         params,
@@ -116,7 +119,8 @@ def _vision(model: Model, source: TensorSource | None, directory: epath.PathLike
     source = source and CanonicalSource(source, config)
     if source and not source_has_vision(source):
         return None
-    tower = VisionModel(config, model.sharding, model.forms)
+    # Rows of patches are cut, whatever sequences of text are cut by.
+    tower = VisionModel(config, Sharding(model.sharding.mesh), model.forms)
 
     def parameters() -> dict:
         if source is None:

@@ -100,6 +100,8 @@ def mark_prompt(seen: jax.Array, tokens: jax.Array, real: jax.Array, slots: jax.
         index = tokens - jax.lax.axis_index("model") * seen.shape[1]
         index = jnp.where(real & (index >= 0), index, seen.shape[1])
         hits = jnp.zeros(seen.shape, seen.dtype).at[slots[:, None], index].set(IN_PROMPT, mode="drop")
+        if sharding.context_axis is not None:
+            hits = jax.lax.pmax(hits, sharding.context_axis)
         return seen | hits
 
     return sharding.shard_map(local, ("S V", "B T", "B T", "B"), "S V")(seen, tokens, real, slots)

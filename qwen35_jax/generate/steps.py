@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.generate.sampling import CONTROL_DTYPES, GENERATED, mark_prompt, mark_seen, sample
-from qwen35_jax.model import Model, VisionRows, abstract_state, put_slots, take_slots
+from qwen35_jax.model import Model, VisionRows, abstract_state, put_slots, take_slots, take_token
 from qwen35_jax.ops.segments import segment_positions
 from qwen35_jax.program import Program, abstract_array, make_program
 
@@ -78,6 +78,9 @@ def make_prefill(
     Slot ids count within the device's own share of the slots (S and B are cut alike) and differ from each other; rows with
     count 0 leave their slot as it is. A prompt longer than `length` comes in several calls, which may cut through an image. With
     `vision` there is one more argument, see `abstract_visual`.
+
+    With context parallelism `length` is cut over the data shards, and all prefills of a session have the same one: each begins at
+    a multiple of it, and `capacity` is a multiple of it.
     """
     session = abstract_session(model, slots, capacity, stacked=stacked)
     sharding = model.sharding
@@ -92,9 +95,9 @@ def make_prefill(
             positions, seen = visual["positions"], VisionRows(visual["rows"], visual["mask"])
             offset = jnp.where(count > 0, visual["offset"], offset)
             state = state | {"rotary_offset": put_slots(sharding, state["rotary_offset"], slot_ids, offset)}
-        inputs = model.inputs(positions, real.astype(jnp.int32), start=start, slots=slot_ids)
+        inputs = model.inputs(positions, real.astype(jnp.int32), start=start, slots=slot_ids, chunk=length)
         hidden, state = model.hidden(params, tokens, inputs, state, seen)
-        last = jnp.take_along_axis(hidden, jnp.maximum(count - 1, 0)[:, None, None], axis=1)[:, 0]
+        last = take_token(sharding, hidden, jnp.maximum(count - 1, 0))
         last = jnp.where((count > 0)[:, None], last, take_slots(sharding, session["hidden"], slot_ids))
         return session | {
             "state": state | {"length": put_slots(sharding, state["length"], slot_ids, start + count)},
@@ -110,6 +113,7 @@ def make_prefill(
 
 def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
     """(params, session, controls, alive [S]) -> (session, tokens [S]): each row's first token, from its prompt's last state."""
+    model = model.for_one_token()
     session = abstract_session(model, slots, capacity, stacked=stacked)
     controls = abstract_controls(model, slots)
 
@@ -123,11 +127,13 @@ def make_first(model: Model, slots: int, capacity: int, vocabulary: int, *, stac
     return make_program(first, (model.abstract_params(stacked), session, controls, alive), results, 1)
 
 
-def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True) -> Program:
+def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, stacked: bool = True, chunk: int = 0) -> Program:
     """(params, session, controls, steps []) -> (session, tokens [S, MAX_STEPS], -1 where a row had ended).
 
-    A loop on the device of at most `steps` tokens; it ends early when all rows have. `controls["stop"]` ends rows first.
+    A loop on the device of at most `steps` tokens; it ends early when all rows have. `controls["stop"]` ends rows first. `chunk`:
+    with context parallelism, the length of the session's prefills.
     """
+    model = model.for_one_token()
     session = abstract_session(model, slots, capacity, stacked=stacked)
     controls = abstract_controls(model, slots)
 
@@ -141,7 +147,7 @@ def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, sta
 
         def advance(carry):
             i, session, tokens = carry
-            session, token = decode_one(model, params, session, controls, vocabulary)
+            session, token = decode_one(model, params, session, controls, vocabulary, chunk)
             return i + 1, session, jax.lax.dynamic_update_slice(tokens, token[:, None], (0, i))
 
         _, session, tokens = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), session, tokens))
@@ -152,12 +158,14 @@ def make_decode(model: Model, slots: int, capacity: int, vocabulary: int, *, sta
     return make_program(decode, (model.abstract_params(stacked), session, controls, steps), results, 1)
 
 
-def decode_one(model: Model, params: dict, session: dict, controls: dict, vocabulary: int) -> tuple[dict, jax.Array]:
+def decode_one(
+    model: Model, params: dict, session: dict, controls: dict, vocabulary: int, chunk: int = 0
+) -> tuple[dict, jax.Array]:
     """Reads each live row's newest token and chooses the next: (session, tokens [S], -1 for rows that had ended)."""
     state, alive = session["state"], ~session["done"]
     start = state["length"]
     positions = (start + state["rotary_offset"])[:, None]
-    inputs = model.inputs(positions, alive[:, None].astype(jnp.int32), start=start)
+    inputs = model.inputs(positions, alive[:, None].astype(jnp.int32), start=start, chunk=chunk)
     hidden, state = model.hidden(params, session["token"][:, None], inputs, state)
     state = state | {"length": start + alive}
     return _choose(model, params, session | {"state": state}, hidden, controls, vocabulary)

@@ -1,0 +1,90 @@
+"""Generation with sequences cut over `data`: the same logits and text as on one device, whatever the cuts go through."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import qwen35_jax
+from qwen35_jax import UserError
+from qwen35_jax.generate.generation import context_buckets
+from tests.generate.conftest import small_model
+from tests.generate.test_generation import GREEDY, prompt
+
+CASES = [  # mesh, whether the model is dense
+    ("8x1", False),
+    *(pytest.param(mesh, False, marks=pytest.mark.slow) for mesh in ("2x1", "4x2", "2x2x2")),
+    *(pytest.param(mesh, True, marks=pytest.mark.slow) for mesh in ("2x1", "4x2", "8x1", "2x2x2")),
+]
+TEXTS = [  # mesh, tokens of a prefill
+    ("4x2", 48),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (("2x1", 48), ("8x1", 48), ("2x2x2", 48), ("8x1", 2048))),
+]
+TIME = 61  # is filled up to 64, which 2, 4 and 8 shards divide
+ROWS = [[5, 11, 40, 5], [16, 16, 8, 8], [29], [1, 60]]  # documents of rows: across cuts, up to cuts, padding behind
+
+
+def documents() -> np.ndarray:
+    rows = [np.repeat(np.arange(1, len(row) + 1), row) for row in ROWS]
+    return np.stack([np.pad(row, (0, TIME - len(row))) for row in rows])
+
+
+@pytest.mark.parametrize(("mesh", "dense"), CASES)
+def test_logits(mesh, dense):
+    tokens, ids = np.random.default_rng(0).integers(0, 4000, (len(ROWS), TIME)), documents()
+    want = np.asarray(small_model(dense=dense).logits(tokens, segment_ids=ids))
+    got = np.asarray(small_model(mesh, context_parallel=True, dense=dense).logits(tokens, segment_ids=ids))
+    np.testing.assert_allclose(got[ids > 0], want[ids > 0], atol=2e-5 * np.abs(want).max(), rtol=0)
+
+
+@pytest.mark.parametrize(("mesh", "chunk"), TEXTS)
+def test_text(tiny, mesh, chunk):
+    """Prompts that end in any shard of a prefill, or after several, and answers that go on over many blocks of the cache."""
+    prompts = [prompt(n, n) for n in (120, 3, 96, 65)]
+    options = {"max_new_tokens": 24, "seed": [1, 2, 3, 4], "temperature": 1.0, "top_k": 20, "ignore_eos": True}
+    expected = [d.token_ids for d in tiny.generate(prompts, **options)]
+    cut = small_model(mesh, context_parallel=True)
+    assert [d.token_ids for d in cut.generate(prompts, prefill_chunk=chunk, **options)] == expected
+
+
+@pytest.mark.slow
+def test_text_of_a_dense_model_in_a_scan():
+    ids = [prompt(150)]
+    expected = small_model(dense=True).generate(ids, max_new_tokens=12, **GREEDY)
+    cut = small_model("4x2", True, context_parallel=True, dense=True)
+    assert cut.generate(ids, max_new_tokens=12, prefill_chunk=64, **GREEDY) == expected
+
+
+def test_a_penalty_knows_the_whole_prompt(tiny):
+    """Each shard sees its own tokens of the prompt; a repetition penalty is about all of them."""
+    ids, options = [prompt(60)], {"max_new_tokens": 8, "temperature": 0.0, "repetition_penalty": 1e6}
+    (done,) = small_model("8x1", context_parallel=True).generate(ids, **options)
+    assert done.token_ids == tiny.generate(ids, **options)[0].token_ids
+    assert not set(done.token_ids) & set(ids[0])
+
+
+def test_every_device_holds_its_part_of_the_cache():
+    sizes = {}
+    for mesh in ("1x1", "8x1"):
+        lm = small_model(mesh, context_parallel=mesh != "1x1")
+        lm.generate([prompt(500)], max_new_tokens=4, **GREEDY)
+        sizes[mesh] = lm.stats()["state_bytes_per_device"]
+    shapes = dataclasses.asdict(lm.config)
+    units, heads, width = lm.config.num_units, shapes["num_key_value_heads"], shapes["head_dim"]
+    saved = 2 * units * heads * width * 4 * 512 * 7 // 8  # k and v in float32 of 512 places
+    assert sizes["1x1"] - sizes["8x1"] == saved
+
+
+@pytest.mark.parametrize(
+    ("length", "chunk", "shards", "expected"),
+    [(70, 2048, 8, [128]), (3, 2048, 64, [256]), (100, 48, 8, [48] * 3), (100, 50, 8, [56] * 2), (2048, 2048, 8, [2048])],
+)
+def test_prefills_are_alike_and_divisible(length, chunk, shards, expected):
+    assert context_buckets(length, chunk, shards) == expected
+
+
+def test_a_mesh_without_data_shards():
+    with pytest.raises(UserError, match="cuts sequences over `data`, which is 1 in mesh 1x1x8: use one such as 8x1"):
+        qwen35_jax.load("tiny", "1x8", context_parallel=True)
