@@ -153,6 +153,12 @@ class ModelConfig:
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)
 
+    def with_yarn(self, factor: float) -> ModelConfig:
+        """The model for `factor` times its positions, stretched by YaRN. UserError for a factor below 1."""
+        known = self.rope.original_max_position_embeddings or self.max_position_embeddings
+        rope = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": known}
+        return self.replace(rope=dataclasses.replace(self.rope, **rope), max_position_embeddings=int(known * factor))
+
     @classmethod
     def from_hf(cls, source: str | epath.Path | Mapping[str, Any]) -> ModelConfig:
         """Reads the contents, the file or the directory of a Hugging Face config.json.

@@ -64,6 +64,7 @@ KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 chec
 FP8_ACTIVATIONS = flags.DEFINE_bool("fp8_activations", False, "with --keep_fp8: multiply them with activations in FP8 too")
 KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "forms of the ops; auto: the best; pallas: TPU and Hopper only")
 CONTEXT_PARALLEL = flags.DEFINE_bool("context_parallel", False, "cut each sequence over `data`, for long prompts")
+YARN = flags.DEFINE_float("yarn", None, "so many times the model's positions: 4 for prompts of a million tokens", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when all are finished")
 STATS = flags.DEFINE_bool("stats", False, "print times, speeds, op forms and bytes per device at the end")
 PROFILE = flags.DEFINE_string("profile", None, "write a jax.profiler trace of the generation to this directory")
@@ -102,6 +103,7 @@ def _run(prompts: list) -> None:
             seed=SEED.value,
             random_weights=RANDOM.value,
             context_parallel=CONTEXT_PARALLEL.value,
+            yarn=YARN.value,
         )
     if lm.random_weights and hosts.is_first():
         print(f"note: {MODEL.value or 'tiny'} has random weights here; its text has no meaning", file=sys.stderr)

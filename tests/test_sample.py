@@ -49,6 +49,11 @@ def test_the_main_job_on_eight_devices():
     assert "gated_delta_rule=xla" in done.stderr
 
 
+def test_the_main_job_with_the_prompt_cut_over_eight_devices():
+    done = run("--mesh", "8x1", "--context_parallel", "--prefill_chunk", "16")
+    assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
+
+
 def test_json_batches_presets_and_prompt_files(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Hi"}]

@@ -46,6 +46,7 @@ def load(
     seed: int = 0,
     random_weights: bool = False,
     context_parallel: bool = False,
+    yarn: float | None = None,
 ) -> LanguageModel:
     """Loads a model onto a mesh.
 
@@ -64,6 +65,8 @@ def load(
         random_weights: random numbers in place of the stored ones.
         context_parallel: cut sequences over `data`, and the cache with them, for prompts too long for one device; batches are cut
             over `replica` alone. `prefill_chunk` tokens are then read by all data shards together.
+        yarn: so many times the positions that the model was made for, by YaRN, as the model cards have it for long prompts; it
+            changes short ones a little too.
 
     Raises UserError for whatever is wrong with the input.
     """
@@ -88,6 +91,7 @@ def load(
         config, directory = ModelConfig.from_hf(source.config), source.directory
     if fp8_activations and not keep_fp8:
         raise UserError("fp8_activations needs keep_fp8: only products of weights kept in FP8 take activations in FP8")
+    config = config if yarn is None else config.with_yarn(yarn)
     config = config.replace(dtype=dtype, fp8_weights=keep_fp8, fp8_activations=fp8_activations)
     check_mesh(config, sharding)
     if keep_fp8 and not random_weights and not config.quantized_source:

@@ -42,7 +42,8 @@ class Case:
 
     `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
     whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products. `pictures`: a prefill that reads rows of the
-    vision tower.
+    vision tower. `context_parallel`: sequences are cut over `data`, and where they are longer than the model's positions YaRN
+    stretches these.
     """
 
     target: str
@@ -55,10 +56,13 @@ class Case:
     layers: int = 0
     fp8: bool = False
     pictures: bool = False
+    context_parallel: bool = False
 
 
 def _config(case: Case) -> ModelConfig:
     config = ModelConfig.preset(case.model).replace(fp8_weights=case.fp8)
+    if case.capacity > config.max_position_embeddings:
+        config = config.with_yarn(case.capacity / config.max_position_embeddings)
     return config.replace(num_hidden_layers=case.layers) if case.layers else config
 
 
@@ -67,12 +71,14 @@ def make_program(case: Case) -> Program:
         return _training(case)
     config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
-    model = Model(config, Sharding(mesh), resolve_forms(mesh, config))
+    forms = resolve_forms(mesh, config, context_parallel=case.context_parallel)
+    model = Model(config, Sharding(mesh, case.context_parallel), forms)
     if case.step == "vision":
-        tower = VisionModel(config, model.sharding, model.forms)
+        tower = VisionModel(config, Sharding(mesh), model.forms)
         return make_vision(tower, model.sharding.size(tower.layout.rows), case.length)
     if case.step == "decode":
-        return make_decode(model, case.rows, case.capacity, config.vocab_size)
+        chunk = case.length if case.context_parallel else 0
+        return make_decode(model, case.rows, case.capacity, config.vocab_size, chunk=chunk)
     return make_prefill(model, case.rows, case.rows, case.length, case.capacity, vision=case.pictures)
 
 
@@ -80,6 +86,7 @@ def _training(case: Case) -> Program:
     """A step of a run with the defaults: bfloat16, float32 masters, AdamW, everything but the units' inputs made again."""
     c = default_config()
     c.model.source, c.model.random_weights, c.mesh = case.model, True, case.mesh
+    c.context_parallel = case.context_parallel
     if case.layers:
         c.model.changes = ConfigDict({"num_hidden_layers": case.layers})
     c.data.sequence_length, c.data.batch_size, c.fp8.enabled = case.length, case.rows, case.fp8
@@ -98,6 +105,7 @@ def compile_case(case: Case) -> dict:
     return {
         "hidden_size": config.hidden_size,
         "experts": config.num_experts,
+        "query_width": config.num_attention_heads * config.head_dim,
         "unit_layers": config.full_attention_interval,
         "lower_seconds": round(lowering, 1),
         "compile_seconds": round(time.perf_counter() - start - lowering, 1),

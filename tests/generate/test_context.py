@@ -77,6 +77,16 @@ def test_every_device_holds_its_part_of_the_cache():
     assert sizes["1x1"] - sizes["8x1"] == saved
 
 
+@pytest.mark.slow
+def test_more_tokens_than_the_model_has_positions():
+    """With YaRN, in prefills of 4,096 tokens, the fourth of which is not full."""
+    ids, options = [prompt(13000)], {"max_new_tokens": 8, "prefill_chunk": 4096, **GREEDY}
+    whole = qwen35_jax.load("tiny", "1x1", "float32", yarn=2)
+    cut = qwen35_jax.load("tiny", "8x1", "float32", context_parallel=True, yarn=2)
+    assert cut.config.max_position_embeddings == 2 * 8192
+    assert cut.generate(ids, **options) == whole.generate(ids, **options)
+
+
 @pytest.mark.parametrize(
     ("length", "chunk", "shards", "expected"),
     [(70, 2048, 8, [128]), (3, 2048, 64, [256]), (100, 48, 8, [48] * 3), (100, 50, 8, [56] * 2), (2048, 2048, 8, [2048])],

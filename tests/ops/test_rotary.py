@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from qwen35_jax.config import ModelConfig, RopeConfig
+from qwen35_jax.errors import UserError
 from qwen35_jax.ops.rotary import apply_rotary, axis_of_pair, rotary_angles, rotary_frequencies
 
 GOLDEN = Path(__file__).parents[3] / "shared" / "spec" / "golden" / "rope.json"
@@ -39,6 +40,15 @@ def test_published_frequencies(golden):
     np.testing.assert_allclose(inverse, golden["yarn4_inv_freq"], rtol=3e-7)  # two roundings to float32
     assert factor == pytest.approx(golden["yarn4_attention_factor"], rel=1e-12)
     assert "".join("THW"[a] for a in axis_of_pair(ROPE.mrope_section)) == golden["axis_of_pair"]
+
+
+def test_a_model_with_yarn():
+    config = ModelConfig.preset("0.8b")
+    long = config.with_yarn(4)
+    assert (long.rope, long.max_position_embeddings) == (YARN, 4 * config.max_position_embeddings)
+    assert long.with_yarn(2).max_position_embeddings == 2 * config.max_position_embeddings  # not twice upon it
+    with pytest.raises(UserError, match="rope_type 'yarn' needs factor >= 1"):
+        config.with_yarn(0.5)
 
 
 def test_yarn_stretches_slow_pairs_only():
