@@ -20,6 +20,7 @@ from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK
 from tests.ops import gated_delta_cases as cases
 from tests.ops.gated_delta_cases import GATES, LIMITS, REPEATED, H, error, exact, jitted, make, run
 from tests.ops.gated_delta_packing import check_packed_equals_separate
+from tests.ops.test_context import cut
 
 DTYPES = list(LIMITS)
 
@@ -155,3 +156,17 @@ def test_choice_of_forms():
     assert resolve_forms(mesh_of("gpu", "9.0"), large).gated_delta_step == ("pallas_gpu" if HAS_MOSAIC_GPU else "xla")
     with pytest.raises(UserError, match="none for some gpu, only for TPU"):
         resolve_forms(mesh_of("gpu"), large, "pallas")
+
+
+def cut_kernel(q, k, v, g, beta, *, initial_state, segment_ids=None, normalize_qk=True):
+    """The kernel on each half of a sequence, on two devices."""
+    op = functools.partial(gated_delta_rule, implementation="pallas_tpu", context_axis="data", normalize_qk=normalize_qk)
+    arguments = {"q": q, "k": k, "v": v, "g": g, "beta": beta, "initial_state": initial_state}
+    return cut(op, 2, arguments | ({} if segment_ids is None else {"segment_ids": segment_ids}), ("initial_state",))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_below_sequences_that_are_cut(dtype):
+    """Half of a sequence on each of two devices, whose maps are composed; a document begins in the second half."""
+    ids = np.repeat([1, 2], [170, 30]).astype(np.int32)[None]
+    cases.check(cut_kernel, make(dtype=dtype), ids)

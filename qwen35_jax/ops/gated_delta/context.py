@@ -22,12 +22,11 @@ from qwen35_jax.ops.segments import entering_segment, first_segment, from_shard,
 def gated_delta_rule(rule: Callable, q, k, v, g, beta, initial_state, segment_ids, normalize_qk, *, axis: str, exact: bool):
     """See `ops.gated_delta.gated_delta_rule` with a context_axis. `rule` is a form of it; `exact`: products of its results are
     of float32 operands, else rounded to v's dtype as the kernels round theirs."""
-    options = g, beta
-    out, final = rule(q, k, v, *options, None, segment_ids, normalize_qk)
+    out, final = rule(q, k, v, g, beta, None, segment_ids, normalize_qk)
     width, heads = k.shape[-1], v.shape[2]
     unit = jnp.broadcast_to(jnp.eye(width, dtype=jnp.float32), (k.shape[0], heads, width, width))
     nothing = jnp.zeros((*v.shape[:3], width), v.dtype)
-    reach, transition = rule(q, k, nothing, *options, unit, segment_ids, normalize_qk)
+    reach, transition = rule(q, k, nothing, g, beta, unit, segment_ids, normalize_qk)
     if segment_ids is not None:
         goes_on = _goes_on(segment_ids, axis)[:, None, None, None]
         transition = jnp.where(goes_on, transition, 0)
