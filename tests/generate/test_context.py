@@ -12,6 +12,7 @@ from qwen35_jax import UserError
 from qwen35_jax.generate.generation import context_buckets
 from tests.generate.conftest import small_model
 from tests.generate.test_generation import GREEDY, prompt
+from tests.vision_checkpoint import picture, write_checkpoint
 
 CASES = [  # mesh, whether the model is dense
     ("8x1", False),
@@ -85,6 +86,23 @@ def test_more_tokens_than_the_model_has_positions():
     cut = qwen35_jax.load("tiny", "8x1", "float32", context_parallel=True, yarn=2)
     assert cut.config.max_position_embeddings == 2 * 8192
     assert cut.generate(ids, **options) == whole.generate(ids, **options)
+
+
+@pytest.mark.slow
+def test_an_image_that_lies_across_shards(tmp_path):
+    """Its rows, its places in three axes and those of the text behind it, whole and cut by a prefill too."""
+    directory = write_checkpoint(tmp_path / "model")
+    whole = qwen35_jax.load(directory, "1x1", "float32")
+    cut = qwen35_jax.load(directory, "4x1", "float32", context_parallel=True)
+    parts = [{"type": "text", "text": "See "}, {"type": "image", "image": picture(56, 64)}, {"type": "text", "text": "?"}]
+    chat = [{"role": "user", "content": parts}]
+    options = {"max_new_tokens": 6, **GREEDY}
+    (expected,) = whole.generate([chat], **options)
+    for chunk in (64, 2048):
+        assert cut.generate([chat], prefill_chunk=chunk, **options)[0].token_ids == expected.token_ids
+    ids = [expected.prompt_token_ids + expected.token_ids]
+    want, got = (np.asarray(lm.logits(ids, images=[picture(56, 64)])) for lm in (whole, cut))
+    np.testing.assert_allclose(got, want, atol=2e-5 * np.abs(want).max(), rtol=0)
 
 
 @pytest.mark.parametrize(
