@@ -28,7 +28,7 @@ from qwen35_jax.ops.linear import linear
 from qwen35_jax.ops.norm import layer_norm
 from qwen35_jax.ops.rotary import apply_rotary
 from qwen35_jax.ops.segments import segment_ends
-from qwen35_jax.sharding import AXIS_RULES, Sharding
+from qwen35_jax.sharding import Sharding
 
 ROPE_THETA = 10000.0
 # Pixels 0 to 255 become (x - CENTRE) / CENTRE: the processor's rescaling by 1/255, mean 0.5 and deviation 0.5 in one.
@@ -251,20 +251,22 @@ class VisionModel:
         x = apply_units(lambda block_params, _, x: block(block_params, x), params["blocks"], x)
         return modules["merger"](params["merger"])(x)
 
-    def laid(self, rows: jax.Array, index: jax.Array) -> VisionRows:
-        """The tower's rows [I, P, D] where tokens want them: index int32 [B, T], counted over all I x P, or -1.
+    def laid(self, rows: jax.Array, index: jax.Array, text: Sharding) -> VisionRows:
+        """The tower's rows [I, P, D] where tokens want them: index int32 [B, T], counted over all I x P, or -1, and `text` says
+        how tokens lie on the mesh.
 
         Rows of the tower are spread over devices as they come, whatever text they belong to: each device gathers them all, and
         takes those of its own tokens. Their gradients are summed on the way back.
         """
-        names = AXIS_RULES[self.layout.rows]
+        names = self.sharding.rules[self.layout.rows]
 
         def local(rows, index):
             rows = jax.lax.all_gather(rows, names, tiled=True)
             return rows.reshape(-1, rows.shape[-1])[jnp.maximum(index, 0)]
 
-        specs = (self.layout.axes("I T D"), "B T")
-        return VisionRows(self.sharding.shard_map(local, specs, "B T D")(rows, index), index >= 0)
+        specs = self.sharding.spec(self.layout.axes("I T D")), text.spec("B T")
+        mapped = jax.shard_map(local, mesh=text.mesh, in_specs=specs, out_specs=text.spec("B T D"), check_vma=False)
+        return VisionRows(mapped(rows, index), index >= 0)
 
     def _angles(self, places: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and sin [I, T, H/2] float32: the first half of the pairs turns with the row, the second with the column."""

@@ -224,7 +224,7 @@ def initial_state(run: Run) -> dict:
     if not params:
         drawn = Model(master, run.model.sharding, run.model.forms).init_params(seed, stacked=True)
     if run.tower and "vision" not in params:
-        drawn["vision"] = VisionModel(master, run.model.sharding, run.tower.forms).init_params(seed)
+        drawn["vision"] = VisionModel(master, run.tower.sharding, run.tower.forms).init_params(seed)
     if drawn:
         places = _shardings({name: kept[name] for name in drawn})
         params = params | jax.jit(lambda x: x, out_shardings=places)(drawn)

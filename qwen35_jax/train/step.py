@@ -111,7 +111,7 @@ class Loss:
         tower = tower | {"blocks": self._stack(tower["blocks"], self.tower.config.vision.depth)}
         patches = (batch[name] for name in ("patches", "places", "frames"))
         rows = self.tower(tower, *patches, lambda block: self._remat(lambda params, x: block(self.weights.block(params), x)))
-        return self.tower.laid(rows, batch["vision_rows"])
+        return self.tower.laid(rows, batch["vision_rows"], self.model.sharding)
 
     def _stack(self, trees: Any, count: int) -> Any:
         """Stacked trees as `apply_units` takes them here."""
@@ -167,11 +167,12 @@ def abstract_batch(
             "frames": (lie("I T"), patches, jnp.int32),
         }
 
-    def array(axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    def array(name: str, axes: str, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
         axes, shape = (axes, shape) if parts == 1 else (f"X {axes}", (parts, shape[0] // parts, *shape[1:]))
-        return abstract_array(model.sharding, axes, shape, dtype)
+        owner = tower if name in ("patches", "places", "frames") else model
+        return abstract_array(owner.sharding, axes, shape, dtype)
 
-    return {name: array(*of) for name, of in shapes.items()}
+    return {name: array(name, *of) for name, of in shapes.items()}
 
 
 def make_train_step(

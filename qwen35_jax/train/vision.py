@@ -13,6 +13,7 @@ from qwen35_jax.checkpoint import CanonicalSource, TensorSource, source_has_visi
 from qwen35_jax.config import ModelConfig, VisionConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import Model, VisionModel
+from qwen35_jax.sharding import Sharding
 from qwen35_jax.text import Tokenizer
 from qwen35_jax.vision_io import PADS, VisionSettings
 
@@ -57,7 +58,8 @@ def make_tower(config: ConfigDict, model: Model) -> VisionModel | None:
         return None
     if c.vision is None or c.image_token_id is None or c.video_token_id is None:
         raise UserError("config.data.patches: the model has no vision tower for pictures; describe one in config.model.vision")
-    tower = VisionModel(c, model.sharding, model.forms)
+    # Pictures are not cut as sequences are: their rows lie over the data axes in any case.
+    tower = VisionModel(c, Sharding(model.sharding.mesh), model.forms)
     squared = c.vision.spatial_merge_size**2
     if d.patches % squared:
         raise UserError(f"config.data.patches is {d.patches}; it must be a multiple of {squared}, the patches of one token")

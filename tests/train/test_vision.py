@@ -91,6 +91,14 @@ def test_every_mesh_gives_one_curve(folder, expected, mesh):
     np.testing.assert_allclose(steps(run, expected[0])[0], expected[1], rtol=TOLERANCE)
 
 
+@pytest.mark.slow
+def test_pictures_in_sequences_that_are_cut(folder, expected):
+    """The tower's rows lie over all data shards, of which each holds a part of every sequence."""
+    run = make(folder, mesh="4x2", context_parallel=True)
+    assert run.tower.sharding.size(run.tower.layout.rows) == 4
+    np.testing.assert_allclose(steps(run, expected[0])[0], expected[1], rtol=TOLERANCE)
+
+
 def test_accumulated_parts_are_the_whole_batch(folder):
     """The same rows, as two parts and as one batch, whose rows of the tower count on over both."""
     run = make(folder, accumulate=2)
