@@ -24,6 +24,7 @@ from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
 from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
 from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.ops.forms import KERNEL_CHOICES
+from qwen35_jax.ops.moe import MOE_CHOICES
 from qwen35_jax.sharding import together
 from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
 from qwen35_jax.vision_io import Picture
@@ -63,6 +64,7 @@ DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of weig
 KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
 FP8_ACTIVATIONS = flags.DEFINE_bool("fp8_activations", False, "with --keep_fp8: multiply them with activations in FP8 too")
 KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "forms of the ops; auto: the best; pallas: TPU and Hopper only")
+MOE = flags.DEFINE_enum("moe", "auto", MOE_CHOICES, "how tokens and experts meet; auto: gather, or on TPU what moves fewer bytes")
 CONTEXT_PARALLEL = flags.DEFINE_bool("context_parallel", False, "cut each sequence over `data`, for long prompts")
 YARN = flags.DEFINE_float("yarn", None, "so many times the model's positions: 4 for prompts of a million tokens", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when all are finished")
@@ -100,6 +102,7 @@ def _run(prompts: list) -> None:
             keep_fp8=KEEP_FP8.value,
             fp8_activations=FP8_ACTIVATIONS.value,
             kernels=KERNELS.value,
+            moe=MOE.value,
             seed=SEED.value,
             random_weights=RANDOM.value,
             context_parallel=CONTEXT_PARALLEL.value,

@@ -81,6 +81,7 @@ class LanguageModel:
         self.programs = Programs(model, params, self.vocabulary)
         self.timing = Timing()
         self.state_bytes = 0
+        self.step_tokens: dict[str, int] = {}
 
     def logits(
         self, token_ids, *, segment_ids=None, layers: bool = False, images: Sequence = (), videos: Sequence = (), **vision_options
@@ -257,6 +258,7 @@ class LanguageModel:
         generation = Generation(self.programs, requests, prefill_chunk)
         readers = [_RowReader(self.tokenizer, r, StopStrings(stop)) for r in requests]
         self.timing = generation.timing
+        self.step_tokens = {"prefill": max(generation.chunks) * generation.slots, "decode": generation.slots}
         self.state_bytes = _bytes_per_device(generation.session_shapes()["state"])
         yield from self._pieces(generation, readers, streaming or bool(stop))
 
@@ -298,10 +300,17 @@ class LanguageModel:
             "prefill_seconds": t.prefill_seconds,
             "prefill_tokens": t.prefill_tokens,
             "decode_tokens_per_second": t.decode_tokens / t.decode_seconds if t.decode_seconds else None,
-            "forms": dataclasses.asdict(self.model.forms),
+            "forms": dataclasses.asdict(self.model.forms) | ({"moe": self._moe()} if self.config.num_experts else {}),
             "weight_bytes_per_device": _bytes_per_device((self.params, self.vision and self.vision.encoder.params)),
             "state_bytes_per_device": self.state_bytes,
         }
+
+    def _moe(self) -> str:
+        """The form of the experts in the last batch's steps."""
+        forms = {step: self.model.moe_form(tokens) for step, tokens in self.step_tokens.items()}
+        if len(set(forms.values())) <= 1:
+            return next(iter(forms.values()), self.model.forms.moe)
+        return ", ".join(f"{form} ({step})" for step, form in forms.items())
 
 
 class _RowReader:

@@ -43,6 +43,7 @@ def load(
     keep_fp8: bool = False,
     fp8_activations: bool = False,
     kernels: str = "auto",
+    moe: str = "auto",
     seed: int = 0,
     random_weights: bool = False,
     context_parallel: bool = False,
@@ -61,6 +62,7 @@ def load(
         fp8_activations: with `keep_fp8`: round the inputs of those weights to FP8 as well (one scale for 128 numbers of a token),
             as servers of FP8 checkpoints do, and multiply in FP8. Without it the weights alone are FP8.
         kernels: auto, xla, or pallas (TPU and Hopper only).
+        moe: how tokens and experts meet: gather, all_to_all, or auto, the one that moves fewer bytes (on TPU; else gather).
         seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
         context_parallel: cut sequences over `data`, and the cache with them, for prompts too long for one device; batches are cut
@@ -104,7 +106,8 @@ def load(
     )
     stored = None if random_weights else source
     config, params = _parameters(config, sharding, kernels, stored, seed)
-    model = Model(config, sharding, resolve_forms(sharding.mesh, config, kernels, context_parallel=context_parallel))
+    forms = resolve_forms(sharding.mesh, config, kernels, moe, context_parallel=context_parallel)
+    model = Model(config, sharding, forms)
     return LanguageModel(
         model,
         params,

@@ -23,7 +23,7 @@ from qwen35_jax.model.unit import RMSNorm, Unit, apply_units
 from qwen35_jax.model.vision import VisionModel
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
-from qwen35_jax.ops.moe import RouterLoad
+from qwen35_jax.ops.moe import RouterLoad, moe_form
 from qwen35_jax.ops.rotary import rotary_angles
 from qwen35_jax.sharding import Sharding
 
@@ -177,6 +177,12 @@ class Model:
             return x, jax.lax.dynamic_update_slice(outputs, jnp.stack(after), (u * interval + 1, 0, 0, 0))
 
         return apply_units(unit, params["units"], (x, outputs))[1]
+
+    def moe_form(self, tokens: int) -> str:
+        """The form of the experts in a step of so many tokens of the whole batch."""
+        c, itemsize = self.config, jnp.dtype(self.config.dtype).itemsize
+        sizes = (tokens, c.num_experts, c.num_experts_per_tok, c.hidden_size, itemsize)
+        return moe_form(self.forms.moe, self.sharding, *sizes)
 
     def head(self, params: dict) -> jax.Array:
         """The output matrix [V, D]."""

@@ -14,6 +14,7 @@ from qwen35_jax.ops.attention import tpu as attention_tpu
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu
 from qwen35_jax.ops.hopper import operands
+from qwen35_jax.ops.moe import MOE_CHOICES
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
 
@@ -21,7 +22,8 @@ KERNEL_CHOICES = ("auto", "xla", "pallas")
 @dataclasses.dataclass(frozen=True)
 class Forms:
     """The implementation of each op, as `sample --stats` prints it; `fp8_linear` and `fp8_grouped_linear` are those of
-    `linear` and `grouped_linear` with weights kept in FP8."""
+    `linear` and `grouped_linear` with weights kept in FP8. `moe`: one of `MOE_CHOICES`; with "auto" each program has the form
+    that `moe_form` names for the number of its tokens."""
 
     gated_delta_rule: str = "xla"
     gated_delta_step: str = "xla"
@@ -33,15 +35,22 @@ class Forms:
     grouped_linear: str = "xla"
     fp8_linear: str = "xla"
     fp8_grouped_linear: str = "xla"
-    moe: str = "gather"
+    moe: str = "auto"
 
 
-def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto", *, context_parallel: bool = False) -> Forms:
+def resolve_forms(
+    mesh: Mesh, config: ModelConfig, kernels: str = "auto", moe: str = "auto", *, context_parallel: bool = False
+) -> Forms:
     """The form of each op for the mesh's device kind (abstract devices too) and the model's head widths.
 
     auto: the best form. xla: the one that runs everywhere. pallas: our kernels, an error where there are none; an op that
-    has no kernel, or none for these widths or for `context_parallel`, keeps its XLA form, as `sample --stats` shows.
+    has no kernel, or none for these widths or for `context_parallel`, keeps its XLA form, as `sample --stats` shows. `moe` is
+    one of `MOE_CHOICES`.
     """
+    if moe not in MOE_CHOICES:
+        raise UserError(f"moe form {moe!r} does not exist; choose from {', '.join(MOE_CHOICES)}")
+    if moe != "auto" and not config.num_experts:
+        raise UserError(f"moe form {moe!r}: this model has no experts; use auto")
     device = mesh.devices.flat[0]
     if kernels not in KERNEL_CHOICES:
         choices = ", ".join(KERNEL_CHOICES)
@@ -49,8 +58,7 @@ def resolve_forms(mesh: Mesh, config: ModelConfig, kernels: str = "auto", *, con
     forms = _kernels_for(device, config, mesh.devices.size)
     if kernels == "pallas" and forms is None:
         raise UserError(f"kernels 'pallas': there are none for {device.device_kind}, only for {_WHERE}; use auto or xla")
-    if kernels == "xla" or forms is None:
-        return Forms()
+    forms = dataclasses.replace(Forms() if kernels == "xla" or forms is None else forms, moe=moe)
     # The splash kernel knows which blocks are above the diagonal when it is compiled: not those of keys that come by.
     return dataclasses.replace(forms, attention="xla") if context_parallel else forms
 

@@ -21,6 +21,7 @@ def default_config() -> ConfigDict:
     c.seed = 0  # of random weights and of LoRA
     c.dtype = "bfloat16"  # of the computation; trained parameters are float32
     c.kernels = "auto"  # auto | xla | pallas (TPU and Hopper only): forms of the ops
+    c.moe = "auto"  # auto (on TPU what moves fewer bytes, else gather) | gather | all_to_all: how tokens and experts meet
     # What the backward pass computes again: full (all but the units' inputs) | gated_delta (the same, but nothing of the
     # recurrence) | dots (all but products) | none
     c.remat = "full"

@@ -173,8 +173,8 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
     if config.data.batch_size % ways:
         text = f"config.data.batch_size ({config.data.batch_size}) must be a multiple of {ways}"
         raise UserError(f"{text}: {sharding.batch} shards of the batch x accumulate {config.accumulate}")
-    forms = resolve_forms(sharding.mesh, origin.config, config.kernels, context_parallel=config.context_parallel)
-    model = Model(origin.config, sharding, forms)
+    context = {"context_parallel": config.context_parallel}
+    model = Model(origin.config, sharding, resolve_forms(sharding.mesh, origin.config, config.kernels, config.moe, **context))
     tower = make_tower(config, model)
     axes, kept = logical_axes(model, tower), kept_params(model, tower)
     if config.lora.rank:

@@ -43,7 +43,7 @@ class Case:
     `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
     whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products. `pictures`: a prefill that reads rows of the
     vision tower. `context_parallel`: sequences are cut over `data`, and where they are longer than the model's positions YaRN
-    stretches these.
+    stretches these. `moe`: the form of the experts.
     """
 
     target: str
@@ -57,6 +57,7 @@ class Case:
     fp8: bool = False
     pictures: bool = False
     context_parallel: bool = False
+    moe: str = "auto"
 
 
 def _config(case: Case) -> ModelConfig:
@@ -71,7 +72,7 @@ def make_program(case: Case) -> Program:
         return _training(case)
     config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
-    forms = resolve_forms(mesh, config, context_parallel=case.context_parallel)
+    forms = resolve_forms(mesh, config, moe=case.moe, context_parallel=case.context_parallel)
     model = Model(config, Sharding(mesh, case.context_parallel), forms)
     if case.step == "vision":
         tower = VisionModel(config, Sharding(mesh), model.forms)
@@ -89,7 +90,7 @@ def _training(case: Case) -> Program:
     c.context_parallel = case.context_parallel
     if case.layers:
         c.model.changes = ConfigDict({"num_hidden_layers": case.layers})
-    c.data.sequence_length, c.data.batch_size, c.fp8.enabled = case.length, case.rows, case.fp8
+    c.data.sequence_length, c.data.batch_size, c.fp8.enabled, c.moe = case.length, case.rows, case.fp8, case.moe
     return make_run(c, find_origin(c), target_devices(case.target)).train_step()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from qwen35_jax import UserError
 from qwen35_jax.ops.fp8 import dequantize, quantize_weight
-from qwen35_jax.ops.moe import EXPERT_AXES, Routing, gather, moe_apply, moe_reference, route
+from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply, moe_reference, products, route
 from qwen35_jax.sharding import Sharding, make_mesh
 
 B, T, D, E, F, K = 8, 6, 16, 8, 12, 3
@@ -33,8 +33,14 @@ def example(routing: str, experts: int = E, width: int = F):
 
 
 @pytest.mark.parametrize("routing", ["even", "skewed", "dead"])
-@pytest.mark.parametrize("mesh", ["1x1", "8x1", "1x8", "4x2", "2x2x2"])
-def test_equals_the_reference_with_gradients(mesh, routing):
+@pytest.mark.parametrize(
+    ("mesh", "form"),
+    [
+        *((mesh, "gather") for mesh in ("1x1", "8x1", "1x8", "4x2", "2x2x2")),
+        *((mesh, "all_to_all") for mesh in ("8x1", "4x2", "2x4", "1x8", "2x2x2")),
+    ],
+)
+def test_equals_the_reference_with_gradients(mesh, form, routing):
     sharding = Sharding(make_mesh(mesh))
     x, chosen, experts = example(routing)
 
@@ -43,7 +49,7 @@ def test_equals_the_reference_with_gradients(mesh, routing):
         return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
     ours = jax.jit(
-        jax.value_and_grad(functools.partial(loss, lambda x, r, e: moe_apply(x, r, e, sharding)), (0, 1, 2), has_aux=True)
+        jax.value_and_grad(functools.partial(loss, lambda x, r, e: moe_apply(x, r, e, sharding, form)), (0, 1, 2), has_aux=True)
     )
     reference = jax.value_and_grad(functools.partial(loss, moe_reference), (0, 1, 2), has_aux=True)
     (_, y), gradients = ours(x, chosen.weights, experts)
@@ -69,7 +75,7 @@ def test_chunks_give_the_same(monkeypatch):
         return y, back(jnp.cos(jnp.arange(y.size).reshape(y.shape)))
 
     whole = jax.jit(run)(x, experts)
-    monkeypatch.setattr(gather, "BUFFER_BYTES", 2000)
+    monkeypatch.setattr(products, "BUFFER_BYTES", 2000)
     chunked = jax.jit(lambda *a: run(*a))(x, experts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max()), chunked, whole)
 
@@ -86,7 +92,7 @@ def test_the_backward_pass_holds_the_rows_of_one_chunk(monkeypatch):
         return jax.jit(gradient).lower(x, experts).compile().memory_analysis().temp_size_in_bytes
 
     whole = temporaries()
-    monkeypatch.setattr(gather, "BUFFER_BYTES", 100_000)
+    monkeypatch.setattr(products, "BUFFER_BYTES", 100_000)
     assert temporaries() < whole - 2**20
 
 
@@ -112,6 +118,6 @@ def test_routing_is_renormalised_and_dead_tokens_go_nowhere():
 
 def test_unknown_form():
     x, chosen, experts = example("even")
-    with pytest.raises(UserError, match="choose gather"):
+    with pytest.raises(UserError, match="choose from auto, gather, all_to_all"):
         moe_apply(x, chosen, experts, Sharding(make_mesh("1x1")), "a2a")
     assert set(experts) == set(EXPERT_AXES)

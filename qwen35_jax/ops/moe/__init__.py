@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 
-from qwen35_jax.errors import UserError
+from qwen35_jax.ops.moe.all_to_all import all_to_all_experts
+from qwen35_jax.ops.moe.choice import MOE_CHOICES, moe_form
 from qwen35_jax.ops.moe.gather import gather_experts
 from qwen35_jax.ops.moe.reference import moe_reference
 from qwen35_jax.ops.moe.routing import RouterLoad, Routing, balance_loss, route
 from qwen35_jax.sharding import Sharding
 
-__all__ = ["EXPERT_AXES", "RouterLoad", "Routing", "balance_loss", "moe_apply", "moe_reference", "route"]
+__all__ = [
+    "EXPERT_AXES",
+    "MOE_CHOICES",
+    "RouterLoad",
+    "Routing",
+    "balance_loss",
+    "moe_apply",
+    "moe_form",
+    "moe_reference",
+    "route",
+]
 
 EXPERT_AXES = {"gate": "E D F", "up": "E D F", "down": "E F D"}
+FORMS = {"gather": gather_experts, "all_to_all": all_to_all_experts}
 
 
 def moe_apply(
@@ -23,18 +36,18 @@ def moe_apply(
     """Sum over each token's experts of weight x down(silu(gate) * up). Drops nothing; differentiable.
 
     x [B, T, D]; routing [B, T, k]; experts {"gate", "up": [E, D, F], "down": [E, F, D]}, arrays or Fp8Weight -> [B, T, D] in
-    x.dtype. `form`: "gather" (all-gather, local grouped products, reduce-scatter). `fp8_activations`: products of `Fp8Weight`s
-    take their activations in FP8 too.
+    x.dtype. `form`: "gather" (all-gather, local grouped products, reduce-scatter), "all_to_all" (rows to their experts' devices
+    and back) or "auto", see `moe_form`. `fp8_activations`: products of `Fp8Weight`s take their activations in FP8 too.
     """
-    if form != "gather":
-        raise UserError(f"moe form {form!r} does not exist; choose gather")
     shapes = {name: [a.shape for a in jax.tree.leaves(w)] for name, w in experts.items()}
     specs = {name: sharding.parameter_spec(axes, *shapes[name]) for name, axes in EXPERT_AXES.items()}
     expert_axes, f_axes = sharding.expert_axes(*(dict(zip(EXPERT_AXES["gate"].split(), s, strict=True)) for s in shapes["gate"]))
     tokens = sharding.spec("B T D")
     cut = "data" in (*sharding.rules["B"], *sharding.rules["T"])
+    count, k = math.prod(x.shape[:2]), routing.experts.shape[-1]
+    form = moe_form(form, sharding, count, shapes["gate"][0][0], k, x.shape[2], x.dtype.itemsize)
     local = functools.partial(
-        gather_experts,
+        FORMS[form],
         expert_axes=expert_axes,
         gathered=cut,
         # Partial over `model` where it cuts E or F; where it cuts neither, every model shard has the whole sum. Partial over

@@ -11,12 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.ops.fp8 import quantize_activation, share_activation
-from qwen35_jax.ops.grouped_linear import grouped_linear
+from qwen35_jax.ops.moe import products
 from qwen35_jax.ops.moe.routing import Routing
-
-# Rows of one pass over the experts are limited so that its buffers (input, gate and up, hidden, output) stay below this.
-# The worst case is tokens x min(k, local experts) rows: all tokens of the group routed to one device.
-BUFFER_BYTES = 256 * 2**20
 
 
 def gather_experts(
@@ -33,7 +29,7 @@ def gather_experts(
     shards = jax.lax.axis_size("data") if gathered else 1
     if shards > 1:
         tokens, ids, weights = (jax.lax.all_gather(a, "data", tiled=True) for a in (tokens, ids, weights))
-    local = jax.tree.leaves(experts["gate"])[0].shape[0]
+    local = products.local_count(experts)
     ids = ids - local * jax.lax.axis_index(expert_axes)
     run = functools.partial(_local_experts, local=local, implementation=implementation, fp8_activations=fp8_activations)
     out = _in_chunks(run, tokens, ids, weights, experts, local)
@@ -45,12 +41,13 @@ def gather_experts(
 
 
 def _in_chunks(run, tokens, ids, weights, experts, local: int):
-    """run(tokens, ids, weights, experts) over chunks of the group's tokens, so that the row buffers stay below BUFFER_BYTES."""
+    """run(tokens, ids, weights, experts) over chunks of the group's tokens, so that the row buffers stay below BUFFER_BYTES.
+
+    The worst case is tokens x min(k, local experts) rows: all tokens of the group routed to one device.
+    """
     count, d = tokens.shape
-    width = jax.tree.leaves(experts["gate"])[0].shape[2]
-    row_bytes = (2 * d + 3 * width) * tokens.dtype.itemsize + 4 * d
     rows_per_token = min(ids.shape[1], local)
-    chunk = max(1, BUFFER_BYTES // (row_bytes * rows_per_token))
+    chunk = max(1, products.BUFFER_BYTES // (products.row_bytes(experts, d, tokens.dtype.itemsize) * rows_per_token))
     if chunk >= count:
         return run(tokens, ids, weights, experts)
     pad = -count % chunk
@@ -73,13 +70,12 @@ def _local_experts(tokens, ids, weights, experts, *, local: int, implementation,
     order = jnp.argsort(flat, stable=True)[:rows]
     token = order // k
     group_sizes = jnp.zeros(local + 1, jnp.int32).at[flat].add(1)[:local]
-    multiply = functools.partial(grouped_linear, group_sizes=group_sizes, implementation=implementation)
     if fp8_activations:
         rows_in = jax.tree.map(lambda a: a[token], quantize_activation(tokens))
     else:
         rows_in = share_activation(tokens[token], experts["gate"], experts["up"])
-    hidden = jax.nn.silu(multiply(rows_in, experts["gate"])) * multiply(rows_in, experts["up"])
-    out = multiply(quantize_activation(hidden) if fp8_activations else hidden, experts["down"])
+    options = {"implementation": implementation, "fp8_activations": fp8_activations}
+    out = products.expert_rows(rows_in, group_sizes, experts, **options)
     weighted = out.astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     # Rows beyond the groups are zero, so adding them to whichever token they name changes nothing.
     return jnp.zeros((t, tokens.shape[1]), jnp.float32).at[token].add(weighted).astype(tokens.dtype)

@@ -1,0 +1,43 @@
+"""Which form of the mixture of experts a step uses: the one that moves fewer bytes between devices. The rule is only here."""
+
+from __future__ import annotations
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.sharding import Sharding
+
+MOE_CHOICES = ("auto", "gather", "all_to_all")
+
+# All-to-all has two more collectives (counts, number of passes) that wait for each other: it must save what a device could
+# have sent in their time. 20 microseconds at some 400 GB/s (v5p, all links); assumed, not measured.
+LEAST_SAVING = 8 * 2**20
+
+
+def gather_bytes(tokens: int, k: int, d: int, itemsize: int, data: int) -> int:
+    """Bytes that a device receives over `data` for a layer: all others' tokens and routing, and the sums of its own back."""
+    return (data - 1) * tokens * (2 * d * itemsize + 8 * k)
+
+
+def all_to_all_bytes(tokens: int, k: int, d: int, itemsize: int, data: int, columns: int) -> int:
+    """The same of the all-to-all form with even routing: the rows of `tokens` x k / `columns` assignments, both ways.
+
+    `columns`: how many shards of `model` have experts of their own (1 where it cuts F: then each of them has all rows).
+    """
+    return tokens * k * (data - 1) * 2 * d * itemsize // (data * columns)
+
+
+def moe_form(form: str, sharding: Sharding, tokens: int, experts: int, k: int, d: int, itemsize: int) -> str:
+    """Form "gather" or "all_to_all": `form` itself, or for "auto" what the rule says of a step of so many tokens (of the whole
+    batch), each [d] numbers with k of all `experts`. UserError for anything that is not one of `MOE_CHOICES`.
+
+    "auto" is "gather" where there are no TPUs: GPUs are reported to be slow at `ragged_all_to_all`, CPUs have none.
+    """
+    if form not in MOE_CHOICES:
+        raise UserError(f"moe form {form!r} does not exist; choose from {', '.join(MOE_CHOICES)}")
+    if form != "auto":
+        return form
+    if sharding.mesh.devices.flat[0].platform != "tpu":
+        return "gather"
+    sizes = (tokens // sharding.batch, k, d, itemsize, sharding.mesh.shape["data"])
+    columns = sharding.model if "model" in sharding.expert_axes({"E": experts})[0] else 1
+    saving = gather_bytes(*sizes) - all_to_all_bytes(*sizes, columns)
+    return "all_to_all" if saving > LEAST_SAVING else "gather"
