@@ -1,0 +1,255 @@
+"""Experts by all-to-all: the exchange itself, routing of every shape, passes and their memory, FP8, a whole model, the choice."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from qwen35_jax import ModelConfig, UserError
+from qwen35_jax.ops.forms import resolve_forms
+from qwen35_jax.ops.fp8 import quantize_weight
+from qwen35_jax.ops.moe import Routing, all_to_all, moe_apply, moe_form, moe_reference, products, route
+from qwen35_jax.ops.moe.exchange import exchange, padded_exchange, ragged_exchange
+from qwen35_jax.sharding import Sharding, make_mesh
+from tests.hlo import collectives
+from tests.train.conftest import random_batch, small_run
+
+B, T, D, E, F, K = 8, 6, 16, 8, 12, 3
+
+
+def sharding(mesh: str = "4x2") -> Sharding:
+    return Sharding(make_mesh(mesh))
+
+
+def random_experts(seed: int = 1, experts: int = E, d: int = D, width: int = F) -> dict:
+    shapes = {"gate": (experts, d, width), "up": (experts, d, width), "down": (experts, width, d)}
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
+
+
+def with_gradients(apply, x, weights, experts, ids):
+    """(values, gradients of x, the routing weights and the experts) of a function whose output is weighed at random."""
+    y, back = jax.vjp(lambda x, weights, experts: apply(x, Routing(ids, weights), experts), x, weights, experts)
+    return y, back(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+
+def assert_close(ours, theirs, rtol: float = 2e-5):
+    """Sums of some hundred float32 products in another order, relative to the largest number of each array."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_allclose(a, b, atol=rtol * np.abs(b).max() + 1e-6)
+
+
+# The exchange
+
+
+def ragged_all_to_all_as_documented(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """From the documentation of `jax.lax.ragged_all_to_all`, with gathers: device i sends rows input_offsets[j] to
+    input_offsets[j] + send_sizes[j] to device j, where they are written from output_offsets[j] on."""
+    me = jax.lax.axis_index(axis_name)
+    operands, starts, sizes, places = (
+        jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets)
+    )
+    row = jnp.arange(output.shape[0])
+    for i in range(operands.shape[0]):
+        rank = row - places[i, me]
+        mine = (rank >= 0) & (rank < sizes[i, me])
+        output = jnp.where(mine[:, None], operands[i][jnp.where(mine, starts[i, me] + rank, 0)], output)
+    return output
+
+
+def test_both_forms_of_the_exchange_are_one_function(monkeypatch):
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_all_to_all_as_documented)
+    sizes = jax.random.randint(jax.random.key(0), (8, 8), 0, 6)  # [from, to]; some blocks are empty, some full
+    rows = jax.random.normal(jax.random.key(1), (8, 8, 5, 4))  # what lies beyond the rows that are sent must not arrive
+
+    def run(form, rows, sizes):
+        def local(rows, sent, received):
+            y, back = jax.vjp(lambda rows: form(rows[0], sent[0], received[0], axis="data")[None], rows)
+            return y, back(jnp.cos(jnp.arange(y.size).reshape(y.shape)))[0]
+
+        mapped = jax.shard_map(local, mesh=sharding("8x1").mesh, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False)
+        return jax.jit(mapped)(rows, sizes, sizes.T)
+
+    padded, ragged, used = (run(f, rows, sizes) for f in (padded_exchange, ragged_exchange, lambda *a, axis: exchange(*a, axis)))
+    inside = np.arange(5) < np.asarray(sizes)[..., None]
+    expected = np.where(inside[..., None], rows, 0).swapaxes(0, 1)
+    for name, (y, gradient) in {"padded": padded, "ragged": ragged, "exchange": used}.items():
+        np.testing.assert_array_equal(y, expected, err_msg=name)
+        np.testing.assert_array_equal(gradient, padded[1], err_msg=name)  # autodiff of the padded form against the other two
+
+
+def test_tpus_and_gpus_get_the_ragged_form():
+    """Traced here and lowered for platforms that are not here."""
+    mesh = sharding("8x1").mesh
+
+    def local(rows, sizes):
+        return jax.vjp(lambda rows: exchange(rows, sizes, sizes, "data"), rows)[1](rows)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"), check_vma=False)
+    rows, sizes = jax.ShapeDtypeStruct((64, 4, 16), jnp.bfloat16), jax.ShapeDtypeStruct((64,), jnp.int32)
+    traced = jax.jit(mapped).trace(rows, sizes)
+    for platform in ("tpu", "cuda"):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert "ragged_all_to_all" in text and 'all_to_all"(' not in text.replace("ragged_all_to_all", ""), text
+    assert "ragged" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+# Routing
+
+
+@functools.cache
+def compiled(form: str):
+    return jax.jit(functools.partial(with_gradients, lambda *a: moe_apply(*a, sharding(), form)))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 9), min_size=E, max_size=E), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 2**16))
+def test_any_group_sizes(favour, dead, seed):
+    """Experts that are favoured so much that others stay empty, and a share of dead tokens, which are routed nowhere."""
+    draw = np.random.default_rng(seed)
+    x, logits = draw.standard_normal((B, T, D), np.float32), draw.standard_normal((B, T, E), np.float32)
+    chosen = route(jnp.asarray(logits + np.array(favour, np.float32)), K, jnp.asarray(draw.random((B, T)) >= dead))[0]
+    arguments = x, chosen.weights, random_experts(), chosen.experts
+    ours, gather = (compiled(form)(*arguments) for form in ("all_to_all", "gather"))
+    assert_close(ours[0], moe_reference(x, chosen, random_experts()))
+    assert_close(ours, gather)
+
+
+@pytest.mark.parametrize(("mesh", "experts"), [("2x4", 4), pytest.param("2x2x2", 6, marks=pytest.mark.slow)])
+def test_features_over_model_where_experts_do_not_divide_the_mesh(mesh, experts):
+    x, logits = jax.random.normal(jax.random.key(0), (B, T, D)), jax.random.normal(jax.random.key(1), (B, T, experts))
+    chosen, weights = route(logits, K, jnp.ones((B, T), bool))[0], random_experts(experts=experts)
+    arguments = x, chosen.weights, weights, chosen.experts
+    ours = jax.jit(functools.partial(with_gradients, lambda *a: moe_apply(*a, sharding(mesh), "all_to_all")))(*arguments)
+    assert_close(ours, with_gradients(moe_reference, *arguments))
+
+
+def test_many_passes_give_the_same(monkeypatch):
+    """Rows of one pair of devices in passes of two; all tokens of the first half of the batch ask for one device."""
+    x, chosen = jax.random.normal(jax.random.key(0), (B, T, D)), jnp.zeros((B, T, K), jnp.int32).at[B // 2 :].set(E - 1)
+    weights, experts = jax.random.uniform(jax.random.key(2), (B, T, K)), random_experts()
+    expected = with_gradients(moe_reference, x, weights, experts, chosen)
+    monkeypatch.setattr(all_to_all, "SMALLEST", 1)
+    monkeypatch.setattr(products, "BUFFER_BYTES", 2 * 4 * ((6 * D + 3 * F) * 4 + 4 * D))
+    ours = jax.jit(functools.partial(with_gradients, lambda *a: moe_apply(*a, sharding(), "all_to_all")))(
+        x, weights, experts, chosen
+    )
+    assert_close(ours, expected)
+
+
+def test_memory_holds_one_pass_whatever_the_routing(monkeypatch):
+    """512 tokens a device, three experts each: were all rows that may come here held at once, they would be 12,288."""
+    d, width, tokens = 64, 64, 512
+    experts = random_experts(d=d, width=width)
+    x, ids = jnp.zeros((8, tokens, d)), jnp.zeros((8, tokens, K), jnp.int32)
+
+    def temporaries() -> int:
+        apply = functools.partial(with_gradients, lambda *a: moe_apply(*a, sharding("8x1"), "all_to_all"))
+        lowered = jax.jit(apply).lower(x, jnp.zeros((8, tokens, K)), experts, ids)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    row = (6 * d + 3 * width) * 4 + 4 * d  # with the exchange's four copies: what BUFFER_BYTES counts
+    assert temporaries() < 8 * tokens * K * row // 2
+    whole = temporaries()
+    monkeypatch.setattr(products, "BUFFER_BYTES", 8 * 16 * row)
+    assert temporaries() < whole - 8 * (2 * tokens * K // 8 - 16) * row
+
+
+@pytest.mark.parametrize("activations", [False, True])
+def test_fp8_weights(activations):
+    x, logits = jax.random.normal(jax.random.key(0), (B, T, 128)), jax.random.normal(jax.random.key(1), (B, T, E))
+    chosen = route(logits, K, jnp.ones((B, T), bool))[0]
+    experts = {name: quantize_weight(w, (1, 2)) for name, w in random_experts(d=128, width=128).items()}
+
+    def run(form):
+        def gradient(x, weights):
+            y, back = jax.vjp(lambda *a: moe_apply(a[0], Routing(chosen.experts, a[1]), experts, sharding(), form,
+                                                   fp8_activations=activations), x, weights)  # fmt: skip
+            return y, back(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+        return jax.jit(gradient)(x, chosen.weights)
+
+    assert_close(run("all_to_all"), run("gather"))
+
+
+# A whole model
+
+
+@functools.cache
+def model_numbers(mesh: str, form: str) -> tuple:
+    """Logits, and the gradients of the training loss with respect to all parameters."""
+    run = small_run(mesh=mesh, moe=form)
+    model, batch = run.model, random_batch()
+    params = jax.tree.map(lambda x: x.astype(jnp.float32), model.init_params(0))
+
+    def numbers(params):
+        inputs = model.inputs(jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape), batch["segment_ids"])
+        logits = model.logits(params, model.hidden(params, batch["tokens"], inputs)[0])
+        totals = run.loss.totals(batch)
+        return logits, jax.grad(lambda p: run.loss.total(run.loss.sums(p, {}, batch), totals))(params)
+
+    return jax.tree.map(np.asarray, jax.jit(numbers)(params))
+
+
+def test_a_model_in_both_forms():
+    ours, theirs = (model_numbers("4x2", form) for form in ("all_to_all", "gather"))
+    np.testing.assert_allclose(ours[0], theirs[0], atol=2e-4)
+    assert_close(ours[1], theirs[1], 2e-4)  # of each parameter's largest gradient; router's choices are the same
+
+
+# Collectives and choice
+
+
+@pytest.mark.parametrize("mesh", ["8x1", "2x4"])
+def test_collectives_of_each_form(mesh):
+    """Gather: tokens, ids and weights; sums back. All-to-all: counts, rows there and back, the number of passes."""
+    x, ids, peers = jnp.zeros((B, T, D)), jnp.zeros((B, T, K), jnp.int32), int(mesh[0])
+    summed = [("all-reduce", T * B // peers * D * 4)] if mesh != "8x1" else []
+
+    def found(form):
+        apply = jax.jit(lambda *a: moe_apply(a[0], Routing(a[1], a[2]), a[3], sharding(mesh), form))
+        text = apply.lower(x, ids, jnp.zeros((B, T, K)), random_experts()).compile().as_text()
+        return [(c.kind, c.bytes) for c in collectives(text) if c.group > 1]
+
+    assert sorted(c for c in found("gather") if c not in summed) == sorted(
+        [("all-gather", T * B * D * 4), ("all-gather", T * B * K * 4), ("all-gather", T * B * K * 4)]
+        + [("reduce-scatter", T * B * D * 4)]
+    )
+    # XLA:CPU writes an all-to-all as one array for each device. Rows: twice those of even routing, at most what there can be.
+    rows = ("all-to-all", {"8x1": T, "2x4": 2 * T * B // peers * K // 8}[mesh] * D * 4)
+    counts = ("all-to-all", E // 8 * 4)
+    assert sorted(c for c in found("all_to_all") if c not in summed) == sorted([rows, rows, counts, ("all-reduce", 4)])
+
+
+def tpu(data: int, model: int) -> Sharding:
+    mesh = SimpleNamespace(
+        devices=np.array([SimpleNamespace(platform="tpu")]), shape={"replica": 1, "data": data, "model": model}
+    )
+    return Sharding(mesh)
+
+
+def test_the_rule():
+    c = ModelConfig.preset("35b-a3b")
+    sizes = c.num_experts, c.num_experts_per_tok, c.hidden_size, 2
+    assert moe_form("auto", tpu(64, 1), 64 * 8192, *sizes) == "all_to_all"
+    assert moe_form("auto", tpu(16, 4), 16 * 8192, *sizes) == "all_to_all"
+    assert moe_form("auto", tpu(64, 1), 64, *sizes) == "gather"  # decode of a token a device: nothing to save
+    assert moe_form("auto", tpu(1, 8), 8192, *sizes) == "gather"  # there is nobody to exchange with
+    assert moe_form("auto", tpu(4, 1), 4 * 8192, *sizes) == "gather"  # every token has eight experts on four devices
+    assert moe_form("auto", tpu(8, 6), 8 * 8192, *sizes) == "gather"  # F over `model`: every column needs all rows
+    assert moe_form("auto", sharding("8x1"), 8 * 8192, *sizes) == "gather"  # CPU
+    assert moe_form("all_to_all", sharding("8x1"), 8, *sizes) == "all_to_all"
+
+
+def test_a_form_for_a_model_without_experts_is_an_error():
+    with pytest.raises(UserError, match="this model has no experts"):
+        resolve_forms(sharding().mesh, ModelConfig.preset("0.8b"), moe="all_to_all")
+    with pytest.raises(UserError, match="'a2a' does not exist; choose from auto, gather, all_to_all"):
+        resolve_forms(sharding().mesh, ModelConfig.preset("tiny"), moe="a2a")
