@@ -65,6 +65,9 @@ KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 chec
 FP8_ACTIVATIONS = flags.DEFINE_bool("fp8_activations", False, "with --keep_fp8: multiply them with activations in FP8 too")
 KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "forms of the ops; auto: the best; pallas: TPU and Hopper only")
 MOE = flags.DEFINE_enum("moe", "auto", MOE_CHOICES, "how tokens and experts meet; auto: gather, or on TPU what moves fewer bytes")
+FULLY_SHARDED = flags.DEFINE_bool(
+    "fully_sharded", False, "cut the weights over the data axes too, and gather each unit's when it is computed"
+)
 CONTEXT_PARALLEL = flags.DEFINE_bool("context_parallel", False, "cut each sequence over `data`, for long prompts")
 YARN = flags.DEFINE_float("yarn", None, "so many times the model's positions: 4 for prompts of a million tokens", lower_bound=1)
 JSON = flags.DEFINE_bool("json", False, "one JSON object a prompt, when all are finished")
@@ -103,6 +106,7 @@ def _run(prompts: list) -> None:
             fp8_activations=FP8_ACTIVATIONS.value,
             kernels=KERNELS.value,
             moe=MOE.value,
+            fully_sharded=FULLY_SHARDED.value,
             seed=SEED.value,
             random_weights=RANDOM.value,
             context_parallel=CONTEXT_PARALLEL.value,

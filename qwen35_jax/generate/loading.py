@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 
@@ -44,6 +45,7 @@ def load(
     fp8_activations: bool = False,
     kernels: str = "auto",
     moe: str = "auto",
+    fully_sharded: bool = False,
     seed: int = 0,
     random_weights: bool = False,
     context_parallel: bool = False,
@@ -63,6 +65,8 @@ def load(
             as servers of FP8 checkpoints do, and multiply in FP8. Without it the weights alone are FP8.
         kernels: auto, xla, or pallas (TPU and Hopper only).
         moe: how tokens and experts meet: gather, all_to_all, or auto, the one that moves fewer bytes (on TPU; else gather).
+        fully_sharded: cut the weights over all devices, the data axes too, and gather each unit's when it is computed: for models
+            that do not fit otherwise. Slower, the more so in decoding.
         seed: of random weights, 0 to 4294967295.
         random_weights: random numbers in place of the stored ones.
         context_parallel: cut sequences over `data`, and the cache with them, for prompts too long for one device; batches are cut
@@ -105,9 +109,8 @@ def load(
         _generation_config(directory),
     )
     stored = None if random_weights else source
-    config, params = _parameters(config, sharding, kernels, stored, seed)
     forms = resolve_forms(sharding.mesh, config, kernels, moe, context_parallel=context_parallel)
-    model = Model(config, sharding, forms)
+    model, params = _parameters(Model(config, sharding, forms, fully_sharded), stored, seed)
     return LanguageModel(
         model,
         params,
@@ -146,13 +149,14 @@ def _generation_config(directory: epath.PathLike) -> GenerationConfig:
     return defaults
 
 
-def _parameters(config: ModelConfig, sharding: Sharding, kernels: str, source: TensorSource | None, seed: int):
-    # XLA:CPU copies the slices that a scan takes of stacked weights; elsewhere a scan keeps compile time flat in depth.
-    stacked = sharding.mesh.devices.flat[0].platform != "cpu"
+def _parameters(model: Model, source: TensorSource | None, seed: int) -> tuple[Model, dict]:
+    """The parameters, and the model without what the checkpoint does not have."""
+    # XLA:CPU copies the slices that a scan takes of stacked weights; elsewhere a scan keeps compile time flat in depth. Weights
+    # that are gathered are copied anyway, and without a scan XLA:CPU gathers those of all units before it begins.
+    stacked = model.sharding.mesh.devices.flat[0].platform != "cpu" or model.fully_sharded
     if source is None:
-        return config, Model(config, sharding).init_params(seed, stacked)
-    source = CanonicalSource(source, config)
+        return model, model.init_params(seed, stacked)
+    source = CanonicalSource(source, model.config)
     if not source_has_mtp(source):
-        config = config.replace(mtp_num_hidden_layers=0)
-    abstract = Model(config, sharding).abstract_params(stacked)
-    return config, load_params(source, config, abstract, progress=jax.process_index() == 0)
+        model = dataclasses.replace(model, config=model.config.replace(mtp_num_hidden_layers=0))
+    return model, load_params(source, model.config, model.abstract_params(stacked), progress=jax.process_index() == 0)

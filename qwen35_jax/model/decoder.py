@@ -61,11 +61,15 @@ class Model:
 
     `params` is a nested dict: embed, units (stacked: one tree with a leading U axis; unrolled: a tuple of trees), final_norm,
     lm_head where not tied, mtp where the configuration has it.
+
+    fully_sharded: parameters are cut over the data axes as well, and gathered where they are used, a unit at a time. For
+    inference of what does not fit otherwise; training keeps its own (`train/weights.py`).
     """
 
     config: ModelConfig
     sharding: Sharding
     forms: Forms = Forms()
+    fully_sharded: bool = False
 
     @functools.cached_property
     def _modules(self) -> dict[str, nnx.Module]:
@@ -82,7 +86,15 @@ class Model:
         return {name: nnx.graphdef(module) for name, module in self._modules.items()}
 
     def _merge(self, name: str, params: dict) -> nnx.Module:
+        """The module with parameters (of one unit, without the unit axis) that are whole but for `model`."""
+        if self.fully_sharded:
+            params = P.gather(params, self._places[name], self.sharding)
         return nnx.merge(self._graphs[name], params)
+
+    @functools.cached_property
+    def _places(self) -> dict:
+        """Abstract parameters by module, as they are computed with; `units` is one unit."""
+        return {name: P.abstract(tree, self.sharding) for name, tree in self.declarations().items()}
 
     def declarations(self) -> dict:
         """nnx.Param declarations (shape, dtype, axes, initialiser) by module; `units` is one unit."""
@@ -90,23 +102,21 @@ class Model:
 
     def abstract_params(self, stacked: bool = True) -> dict:
         """ShapeDtypeStructs with shardings in the structure of `params`."""
-        tree = self.declarations()
+        tree, count = self.declarations(), self.config.num_units
         units = tree.pop("units")
         result = P.abstract(tree, self.sharding)
-        if stacked:
-            result["units"] = P.abstract(units, self.sharding, self.config.num_units)
-        else:
-            result["units"] = tuple(P.abstract(units, self.sharding) for _ in range(self.config.num_units))
-        return result
+        result["units"] = P.abstract(units, self.sharding, count) if stacked else (P.abstract(units, self.sharding),) * count
+        if not self.fully_sharded:
+            return result
+        return {name: P.scatter(part, self.sharding, int(stacked and name == "units")) for name, part in result.items()}
 
     def init_params(self, seed: int = 0, stacked: bool = True) -> dict:
         """Random parameters, made on their devices; the numbers depend on `seed` alone."""
-        tree, scale = self.declarations(), self.config.initializer_range
-        units = tree.pop("units")
-        params = P.initialise(tree, self.sharding, seed, scale)
-        trees = tuple(P.initialise(units, self.sharding, seed, scale, u) for u in range(self.config.num_units))
-        places = P.abstract(units, self.sharding, self.config.num_units)
-        return params | {"units": P.stack(trees, places) if stacked else trees}
+        tree, scale, places = self.declarations(), self.config.initializer_range, self.abstract_params(stacked=False)
+        units, unit_places = tree.pop("units"), places.pop("units")
+        params = P.initialise(tree, places, seed, scale)
+        trees = tuple(P.initialise(units, place, seed, scale, u) for u, place in enumerate(unit_places))
+        return params | {"units": P.stack(trees, self.abstract_params()["units"]) if stacked else trees}
 
     def for_one_token(self) -> Model:
         """The same model for steps of one token, see `Sharding.for_one_token`."""
@@ -186,7 +196,9 @@ class Model:
 
     def head(self, params: dict) -> jax.Array:
         """The output matrix [V, D]."""
-        return params["embed"]["embedding"] if self.config.tie_word_embeddings else params["lm_head"]["kernel"]
+        if self.config.tie_word_embeddings:
+            return self._merge("embed", params["embed"]).embedding.get_value()
+        return self._merge("lm_head", params["lm_head"]).kernel.get_value()
 
     @jax.named_scope("head")
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:

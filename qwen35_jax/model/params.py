@@ -64,12 +64,33 @@ def abstract(tree: dict, sharding: Sharding, units: int | None = None) -> dict:
     return jax.tree.map(leaf, tree, is_leaf=_is_param)
 
 
-def initialise(tree: dict, sharding: Sharding, seed: int, scale: float, unit: int | None = None) -> dict:
-    """Random arrays for the declarations, made on the devices that hold them.
+def scatter(tree: Any, sharding: Sharding, whole: int) -> Any:
+    """Abstract parameters, cut over the data axes as well; their first `whole` dimensions (stacked units) stay as they are."""
+
+    def leaf(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        place = NamedSharding(sharding.mesh, sharding.fully_sharded(x.sharding.spec, x.shape, whole))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    return jax.tree.map(leaf, tree)
+
+
+def gather(params: dict, wanted: dict, sharding: Sharding) -> dict:
+    """The inverse, of arrays inside a compiled step: laid out as the abstract `wanted`."""
+    kept = scatter(wanted, sharding, 0)
+
+    def leaf(x, place, want):
+        # Named twice, so that what is gathered is this slice and not the stack that it was taken from.
+        x = jax.lax.with_sharding_constraint(x, place.sharding)
+        return jax.lax.with_sharding_constraint(x, want.sharding)
+
+    return jax.tree.map(leaf, params, kept, wanted)
+
+
+def initialise(tree: dict, places: dict, seed: int, scale: float, unit: int | None = None) -> dict:
+    """Random arrays for the declarations, made on the devices that hold them: `places` is the abstract tree.
 
     A parameter's numbers depend on `seed`, its path and its unit alone: stacked, unrolled and sharded trees are equal.
     """
-    places = abstract(tree, sharding)
 
     def leaf(path, p: nnx.Param, place):
         name = zlib.crc32(f"{unit} {jax.tree_util.keystr(path)}".encode())

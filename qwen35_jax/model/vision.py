@@ -219,9 +219,10 @@ class VisionModel:
         """Random parameters, made on their devices; the numbers depend on `seed` alone."""
         tree, scale = self.declarations(), self.config.initializer_range
         blocks = tree.pop("blocks")
-        trees = tuple(P.initialise(blocks, self.sharding, seed, scale, b) for b in range(self.config.vision.depth))
+        places = P.abstract(blocks, self.sharding)
+        trees = tuple(P.initialise(blocks, places, seed, scale, b) for b in range(self.config.vision.depth))
         stacked = P.stack(trees, P.abstract(blocks, self.sharding, self.config.vision.depth))
-        return P.initialise(tree, self.sharding, seed, scale) | {"blocks": stacked}
+        return P.initialise(tree, P.abstract(tree, self.sharding), seed, scale) | {"blocks": stacked}
 
     def __call__(
         self,

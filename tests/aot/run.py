@@ -43,7 +43,8 @@ class Case:
     `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
     whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products. `pictures`: a prefill that reads rows of the
     vision tower. `context_parallel`: sequences are cut over `data`, and where they are longer than the model's positions YaRN
-    stretches these. `moe`: the form of the experts.
+    stretches these. `moe`: the form of the experts. `fully_sharded`: weights of decode and prefill are cut over the data axes
+    too.
     """
 
     target: str
@@ -58,6 +59,7 @@ class Case:
     pictures: bool = False
     context_parallel: bool = False
     moe: str = "auto"
+    fully_sharded: bool = False
 
 
 def _config(case: Case) -> ModelConfig:
@@ -73,7 +75,7 @@ def make_program(case: Case) -> Program:
     config = _config(case)
     mesh = make_mesh(case.mesh, target_devices(case.target))
     forms = resolve_forms(mesh, config, moe=case.moe, context_parallel=case.context_parallel)
-    model = Model(config, Sharding(mesh, case.context_parallel), forms)
+    model = Model(config, Sharding(mesh, case.context_parallel), forms, case.fully_sharded)
     if case.step == "vision":
         tower = VisionModel(config, Sharding(mesh), model.forms)
         return make_vision(tower, model.sharding.size(tower.layout.rows), case.length)
