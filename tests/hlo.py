@@ -71,7 +71,7 @@ def collectives(hlo: str) -> list[Collective]:
     """The collectives of `compiled.as_text()`, in the order of the text. One inside a loop is listed once.
 
     The TPU compiler hides a collective behind several computations by putting a copy of it into each: what has the same
-    kind, size and channel in another computation is such a copy and is left out."""
+    kind, size and channel in another computation is such a copy and is left out. (All ragged ones have the same channel.)"""
     found, computation, first_seen = [], "", {}
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
@@ -81,7 +81,7 @@ def collectives(hlo: str) -> list[Collective]:
             (size, bits), group = _largest_array(shape), _group(line)
             if kind == "reduce-scatter" and not start:  # its signature shows the result; the asynchronous form both
                 size *= group
-            channel = _CHANNEL.search(line)
+            channel = _CHANNEL.search(line) if kind != "ragged-all-to-all" else None
             key = (kind, size, channel.group(1)) if channel else (len(found),)
             if first_seen.setdefault(key, computation) == computation:
                 joined = bool(_JOINED.search(line))

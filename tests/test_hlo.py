@@ -83,3 +83,15 @@ ENTRY %main (p: bf16[4,8]) -> bf16[8,8] {
 }
 """
     assert hlo.counts(text) == {"all-gather": 3}
+
+
+def test_ragged_ones_share_a_channel_and_are_no_copies():
+    text = """
+%body.1 (p: bf16[4,8]) -> bf16[8,8] {
+  %a = bf16[8,8]{1,0} ragged-all-to-all(%p, %q, %i, %s, %o, /*index=5*/%r), channel_id=1, replica_groups={{0,1}}
+}
+%body.2 (p: bf16[4,8]) -> bf16[8,8] {
+  %b = bf16[8,8]{1,0} ragged-all-to-all(%p, %q, %i, %s, %o, /*index=5*/%r), channel_id=1, replica_groups={{0,1}}
+}
+"""
+    assert hlo.counts(text) == {"ragged-all-to-all": 2}

@@ -46,7 +46,13 @@ def test_the_main_job_on_eight_devices():
     assert "random weights" not in done.stderr
     for line in ("load:", "compile:", "prefill:", "decode:", "ops:", "weights per device:", "state per device:"):
         assert line in done.stderr
-    assert "gated_delta_rule=xla" in done.stderr
+    assert "gated_delta_rule=xla" in done.stderr and "moe=gather" in done.stderr
+
+
+def test_the_main_job_cut_in_other_ways():
+    done = run("--mesh", "4x2", "--moe", "all_to_all", "--fully_sharded", "--stats")
+    assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
+    assert "moe=all_to_all" in done.stderr
 
 
 def test_the_main_job_with_the_prompt_cut_over_eight_devices():
@@ -143,6 +149,8 @@ WRONG = [
     (["--top_p", "2", "--random_weights"], "top_p is 2.0"),
     (["--max_new_tokens", "0"], "max_new_tokens"),
     (["--kernels", "magic"], "kernels"),
+    (["--moe", "magic"], "moe"),
+    (["--moe", "gather", "--model", "0.8b"], "this model has no experts"),
     (["stray"], "unexpected argument"),
     (["--checkpoint", "tiny"], "no such directory: ./tiny"),
     (["--checkpoint", "absent", "--prompt", "-h"], "no such directory: absent"),

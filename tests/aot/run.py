@@ -16,6 +16,9 @@ import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from ml_collections import ConfigDict
 
 from qwen35_jax.config import ModelConfig
@@ -23,7 +26,8 @@ from qwen35_jax.generate.steps import make_decode, make_prefill
 from qwen35_jax.generate.vision import make_vision
 from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
-from qwen35_jax.program import Program
+from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply
+from qwen35_jax.program import Program, abstract_array
 from qwen35_jax.sharding import Sharding, make_mesh
 from qwen35_jax.train.config import default_config
 from qwen35_jax.train.run import find_origin, make_run
@@ -38,7 +42,8 @@ GPU_SETTINGS = {"XLA_FLAGS": "--xla_gpu_enable_cub_radix_sort=false"}
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step of one model on one mesh: decode, prefill, train or vision (the tower, on a row of `length` patches a shard).
+    """One step of one model on one mesh: decode, prefill, train, vision (the tower, on a row of `length` patches a shard), or
+    experts (the routed experts of one layer, on `length` tokens of each data shard, and all their gradients).
 
     `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
     whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products. `pictures`: a prefill that reads rows of the
@@ -79,10 +84,29 @@ def make_program(case: Case) -> Program:
     if case.step == "vision":
         tower = VisionModel(config, Sharding(mesh), model.forms)
         return make_vision(tower, model.sharding.size(tower.layout.rows), case.length)
+    if case.step == "experts":
+        return _experts(case, model)
     if case.step == "decode":
         chunk = case.length if case.context_parallel else 0
         return make_decode(model, case.rows, case.capacity, config.vocab_size, chunk=chunk)
     return make_prefill(model, case.rows, case.rows, case.length, case.capacity, vision=case.pictures)
+
+
+def _experts(case: Case, model: Model) -> Program:
+    c, sharding = model.config, model.sharding
+    e, d, f, shape = c.num_experts, c.hidden_size, c.moe_intermediate_size, (sharding.batch, case.length)
+    x = abstract_array(sharding, "B T D", (*shape, d), c.dtype)
+    ids, weights = (abstract_array(sharding, "B T X", (*shape, c.num_experts_per_tok), t) for t in ("int32", "float32"))
+    sizes = {name: tuple({"E": e, "D": d, "F": f}[a] for a in axes.split()) for name, axes in EXPERT_AXES.items()}
+    places = {n: NamedSharding(sharding.mesh, sharding.parameter_spec(EXPERT_AXES[n], size)) for n, size in sizes.items()}
+    experts = {n: jax.ShapeDtypeStruct(size, jnp.dtype(c.dtype), sharding=places[n]) for n, size in sizes.items()}
+    options = {"form": case.moe, "implementation": model.forms.grouped_linear}
+
+    def step(x, ids, weights, experts, gradient):
+        y, back = jax.vjp(lambda x, w, e: moe_apply(x, Routing(ids, w), e, sharding, **options), x, weights, experts)
+        return y, back(gradient)
+
+    return Program(jax.jit(step), (x, ids, weights, experts, x))
 
 
 def _training(case: Case) -> Program:

@@ -1,4 +1,5 @@
-"""Experts by all-to-all: the exchange itself, routing of every shape, passes and their memory, FP8, a whole model, the choice."""
+"""Experts by all-to-all: the exchange itself, routing of every shape, passes and their memory, FP8, the choice. A whole
+model in both forms is in tests/train/test_meshes.py."""
 
 from __future__ import annotations
 
@@ -19,7 +20,6 @@ from qwen35_jax.ops.moe import Routing, all_to_all, moe_apply, moe_form, moe_ref
 from qwen35_jax.ops.moe.exchange import exchange, padded_exchange, ragged_exchange
 from qwen35_jax.sharding import Sharding, make_mesh
 from tests.hlo import collectives
-from tests.train.conftest import random_batch, small_run
 
 B, T, D, E, F, K = 8, 6, 16, 8, 12, 3
 
@@ -177,31 +177,6 @@ def test_fp8_weights(activations):
         return jax.jit(gradient)(x, chosen.weights)
 
     assert_close(run("all_to_all"), run("gather"))
-
-
-# A whole model
-
-
-@functools.cache
-def model_numbers(mesh: str, form: str) -> tuple:
-    """Logits, and the gradients of the training loss with respect to all parameters."""
-    run = small_run(mesh=mesh, moe=form)
-    model, batch = run.model, random_batch()
-    params = jax.tree.map(lambda x: x.astype(jnp.float32), model.init_params(0))
-
-    def numbers(params):
-        inputs = model.inputs(jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape), batch["segment_ids"])
-        logits = model.logits(params, model.hidden(params, batch["tokens"], inputs)[0])
-        totals = run.loss.totals(batch)
-        return logits, jax.grad(lambda p: run.loss.total(run.loss.sums(p, {}, batch), totals))(params)
-
-    return jax.tree.map(np.asarray, jax.jit(numbers)(params))
-
-
-def test_a_model_in_both_forms():
-    ours, theirs = (model_numbers("4x2", form) for form in ("all_to_all", "gather"))
-    np.testing.assert_allclose(ours[0], theirs[0], atol=2e-4)
-    assert_close(ours[1], theirs[1], 2e-4)  # of each parameter's largest gradient; router's choices are the same
 
 
 # Collectives and choice
