@@ -4,6 +4,7 @@ model in both forms is in tests/train/test_meshes.py."""
 from __future__ import annotations
 
 import functools
+import re
 from types import SimpleNamespace
 
 import hypothesis.strategies as st
@@ -177,6 +178,21 @@ def test_fp8_weights(activations):
         return jax.jit(gradient)(x, chosen.weights)
 
     assert_close(run("all_to_all"), run("gather"))
+
+
+def test_activations_travel_in_fp8():
+    x, ids = jnp.zeros((B, T, 128), jnp.bfloat16), jnp.zeros((B, T, K), jnp.int32)
+    experts = {name: quantize_weight(w, (1, 2)) for name, w in random_experts(d=128, width=128).items()}
+
+    def bits(activations):
+        apply = jax.jit(
+            lambda *a: moe_apply(a[0], Routing(*a[1:]), experts, sharding(), "all_to_all", fp8_activations=activations)
+        )
+        text = apply.trace(x, ids, jnp.zeros((B, T, K))).lower(lowering_platforms=("tpu",)).as_text()
+        return sorted(re.findall(r"ragged_all_to_all.*-> tensor<\d+x\d+x(\w+)>", text))
+
+    assert bits(False) == ["bf16", "bf16"]  # there and back
+    assert bits(True) == ["bf16", "f32", "f8E4M3FN"]  # values and scales there
 
 
 # Collectives and choice

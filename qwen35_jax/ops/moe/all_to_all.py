@@ -14,9 +14,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen35_jax.ops.fp8 import Fp8Weight, quantize_activation, share_activation
+from qwen35_jax.ops.fp8 import Fp8Weight, share_activation
 from qwen35_jax.ops.moe import products
-from qwen35_jax.ops.moe.exchange import exchange
+from qwen35_jax.ops.moe.exchange import exchange, exchange_activation
 from qwen35_jax.ops.moe.routing import Routing
 
 # A pass holds this many times the rows that a pair of devices has if routing is even, and at least SMALLEST.
@@ -61,12 +61,12 @@ class _Pass:
 
     def outputs(self, sent, received, expert, rows, weights, experts) -> jax.Array:
         """rows [P, C, D] of a pass and their weights [P, C] -> what their experts make of them, weighted, float32."""
-        asked = exchange(rows, sent, received, "data").reshape(-1, rows.shape[-1])
+        asked = (exchange_activation if self.fp8_activations else exchange)(rows, sent, received, "data")
         expert = expert.reshape(-1)
         order, groups = jnp.argsort(expert, stable=True), products.local_count(experts)
         sizes = jnp.zeros(groups + 1, jnp.int32).at[expert].add(1)[:groups]
-        asked = asked[order]
-        shared = quantize_activation(asked) if self.fp8_activations else share_activation(asked, experts["gate"], experts["up"])
+        asked = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1])[order], asked)
+        shared = asked if self.fp8_activations else share_activation(asked, experts["gate"], experts["up"])
         options = {"implementation": self.implementation, "fp8_activations": self.fp8_activations}
         done = products.expert_rows(shared, sizes, experts, **options)
         done = jnp.zeros_like(done).at[order].set(done, unique_indices=True).reshape(rows.shape)
