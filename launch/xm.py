@@ -51,6 +51,7 @@ TITLE = flags.DEFINE_string("title", "qwen35_jax", "of the experiment")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what would be started, and start nothing")
 
 VERTEX_FLAGS = (SLICE, IMAGE, PROJECT, BUCKET)
+VERTEX_OPTIONS = (LOCATION, SERVICE_ACCOUNT, RESTART, SPOT)
 CONVERSION_MACHINE = "n2-standard-8"  # a conversion needs no accelerator
 
 
@@ -92,6 +93,9 @@ def main(arguments: list[str]) -> None:
         if remote != bool(flag_.value):
             text = "is missing: see --help" if remote else "belongs to --executor vertex"
             raise UserError(f"--{flag_.name} {text}")
+    for flag_ in VERTEX_OPTIONS:
+        if not remote and flags.FLAGS[flag_.name].present:
+            raise UserError(f"--{flag_.name} belongs to --executor vertex")
     jobs = [make_job(SLICE.value, words) for words in combinations(arguments, SWEEP.value)]
     if remote:
         _where()

@@ -106,6 +106,8 @@ def _check() -> None:
     if COORDINATOR.value in (None, "auto"):
         if numbers != (None, None):
             raise UserError("--hosts and --host belong to --coordinator HOST:PORT")
+        if COORDINATOR.value is None and flags.FLAGS[TIMEOUT.name].present:
+            raise UserError("--host_timeout belongs to --coordinator")
     elif not re.fullmatch(r".*[^:]:[1-9]\d{0,4}", COORDINATOR.value) or int(COORDINATOR.value.rpartition(":")[2]) > 65535:
         raise UserError(f"--coordinator {COORDINATOR.value!r}: give HOST:PORT, with a port from 1 to 65535, or auto")
     elif None in numbers or HOST.value >= HOSTS.value:

@@ -8,6 +8,7 @@ that dies at once, and keep-alive probes find a host that is gone with its kerne
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import json
 import os
@@ -151,7 +152,8 @@ class Lifeline:
 
 
 def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
+    """On any free port, of both families where the machine has both."""
+    with contextlib.suppress(OSError, ValueError):
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", 0))
 

@@ -1,15 +1,18 @@
 """Processes that join as hosts and say what came of it: forks of one process, since importing JAX takes longer than joining.
 
 `python -m tests.joining` reads JSON from stdin, a list of runs, each a list of hosts, and prints what each host's function
-returned. A host is {"flags": […], "environment": {…}, "call": name of a function below, "arguments": […]}, and on a TPU VM
-that is not there "metadata": {…}, what its metadata server says (empty on GKE, which says it in the environment).
+returned. A host is {"flags": […], "environment": {…}, "call": name of a function below, "arguments": […]}. On a TPU VM
+that is not there it has "metadata": {…}, what the metadata server says (empty on GKE, which says it in the environment).
+"deaf" is one that cannot reach the port of the first one's lifeline.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import traceback
@@ -30,14 +33,14 @@ from tests.forked import FAST, ROOT
 assert sample  # which has the flags of the commands
 
 
-def join_all(runs: list[list[dict]]) -> list[list]:
-    """What each host of each run returned."""
+def join_all(runs: list[list[dict]]) -> tuple[list[list], str]:
+    """What each host of each run returned, and what all of them wrote to stderr."""
     program = [sys.executable, "-W", "ignore", "-m", "tests.joining"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TPU_", "MEGASCALE_"))}
     environment |= FAST
     done = subprocess.run(program, input=json.dumps(runs), capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout), done.stderr
 
 
 def place() -> list:
@@ -77,11 +80,17 @@ def _host(told: dict) -> object:
         os.environ.pop("TPU_SKIP_MDS_QUERY", None)  # which JAX sets where it sees no TPU
         cloud_tpu_cluster.running_in_cloud_tpu_vm = cluster.running_in_cloud_tpu_vm = True
         cloud_tpu_cluster.get_metadata = lambda key: (metadata.get(key, ""), 200 if key in metadata else 404)
+    if told.get("deaf"):
+        socket.create_connection = _refused
     flags.FLAGS(["test", *told["flags"]])
     with hosts.joined(sample.MESH.value):
         found = globals()[told["call"]](*told.get("arguments", []))
     jax.distributed.shutdown()
     return found
+
+
+def _refused(*_, **__):
+    raise OSError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
 
 
 def _start(told: dict) -> tuple[int, int]:

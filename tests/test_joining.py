@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 
 import pytest
@@ -69,14 +70,29 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def joined():
+    """(what the hosts found in each place, what was said)"""
     runs = [run_of(environment, count, call="place") for environment, count, _ in PLACES.values()]
-    return dict(zip(PLACES, join_all(runs), strict=True))
+    runs.append(run_of(slurm, 2, call="place", deaf=True))
+    answers, errors = join_all(runs)
+    return dict(zip([*PLACES, "deaf"], answers, strict=True)), errors
 
 
 @pytest.mark.parametrize("name", PLACES)
 def test_hosts_join_from_their_environment(joined, name):
     _, count, first = PLACES[name]
-    assert joined[name] == [[host, count, first, count] for host in range(count)]
+    assert joined[0][name] == [[host, count, first, count] for host in range(count)]
+
+
+def test_a_host_that_cannot_watch_the_first_says_so_and_goes_on(joined):
+    """Where only the coordinator's port is open, JAX's heartbeats remain."""
+    answers, errors = joined
+    assert answers["deaf"] == [[host, 2, "localhost", 2] for host in (0, 1)]
+    (note,) = (line for line in errors.splitlines() if line.startswith("note:"))
+    assert re.fullmatch(
+        r"note: host 1 of 2 \(.+\) cannot reach the first one at localhost:\d+ \(Connection refused\): "
+        r"a host that dies is noticed after 100 s",
+        note,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +120,7 @@ def checkpoint(tmp_path_factory):
 def readings(checkpoint):
     forms = [(form, mesh, int(mesh[0]) * int(mesh[2])) for form in ("hf", "orbax") for mesh in ("2x1", "1x2", "4x1")]
     runs = [run_of(slurm, count, call="reading", arguments=[str(checkpoint / form), mesh]) for form, mesh, count in forms]
-    return {(form, mesh): found for (form, mesh, _), found in zip(forms, join_all(runs), strict=True)}
+    return {(form, mesh): found for (form, mesh, _), found in zip(forms, join_all(runs)[0], strict=True)}
 
 
 @pytest.mark.parametrize("form", ["hf", "orbax"])

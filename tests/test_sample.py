@@ -174,6 +174,8 @@ WRONG = [
     (["--prompts_file", "chat.jsonl", "--raw"], "chat.jsonl line 1 has messages, but --raw takes text"),
     (["--checkpoint", "empty"], "empty is empty: expected config.json"),
     (["--hosts", "2"], "--hosts and --host belong to --coordinator"),
+    (["--host_timeout", "20"], "--host_timeout belongs to --coordinator"),
+    (["--coordinator", "auto"], "nothing here says where the hosts are"),
     (["--chat", "--coordinator", "auto"], "it does not go with --coordinator"),
     (["--image", "a.png", "--random_weights"], "this model has no vision tower"),
     (["--image", "a.png", "--raw"], "do not go with --raw"),
