@@ -27,17 +27,13 @@ from qwen35_jax.generate.vision import make_vision
 from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply
+from qwen35_jax.planner import hlo
+from qwen35_jax.planner.topologies import GPU_SETTINGS, SETTINGS
 from qwen35_jax.program import Program, abstract_array
 from qwen35_jax.sharding import Sharding, make_mesh
 from qwen35_jax.train.config import default_config
 from qwen35_jax.train.run import find_origin, make_run
-from tests import hlo
 from tests.aot.devices import TARGETS, target_devices
-
-# libtpu asks a metadata server where it is, and locks the machine's TPU: here there is neither.
-SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# How much scratch CUB's sort needs, the compiler asks the GPU, for some sizes; its own sort it can plan alone.
-GPU_SETTINGS = {"XLA_FLAGS": "--xla_gpu_enable_cub_radix_sort=false"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,8 +22,8 @@ from jax.sharding import NamedSharding, SingleDeviceSharding
 from qwen35_jax.ops.fp8 import Fp8Operand
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.linear import linear
+from qwen35_jax.planner import hlo
 from qwen35_jax.sharding import Sharding, make_mesh
-from tests import hlo
 from tests.aot.devices import TARGETS, target_devices
 from tests.aot.run import SETTINGS
 from tests.aot.test_compile import NEEDS

@@ -12,8 +12,8 @@ from qwen35_jax import ModelConfig
 from qwen35_jax.generate import steps
 from qwen35_jax.generate.sampling import CANDIDATES
 from qwen35_jax.model import Model, abstract_state, zero_slots
+from qwen35_jax.planner.hlo import collectives
 from qwen35_jax.sharding import Sharding, make_mesh
-from tests.hlo import collectives
 
 SMALL = ModelConfig.preset("tiny").replace(
     dtype="float32", num_hidden_layers=8, hidden_size=64, moe_intermediate_size=32, shared_expert_intermediate_size=32

@@ -19,7 +19,7 @@ from qwen35_jax.ops.fp8.reference import products_reference, round_reference
 from qwen35_jax.ops.fp8.training import dequantize_blocks
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.linear import linear
-from tests.hlo import collectives
+from qwen35_jax.planner.hlo import collectives
 from tests.ops.fp8_operands import (
     GROUP_SIZES,
     GROUPS,

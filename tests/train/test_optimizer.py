@@ -19,11 +19,11 @@ from orbax.checkpoint import v1 as ocp
 from qwen35_jax import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import Model
+from qwen35_jax.planner import hlo
 from qwen35_jax.sharding import Sharding, make_mesh
 from qwen35_jax.train.config import default_config
 from qwen35_jax.train.optimizer import decay_mask, groups, learning_rate, make_optimizer, state_shardings
 from qwen35_jax.train.partition import flatten, join, logical_axes, matrix_axes, paths, split, unflatten
-from tests import hlo
 
 
 @functools.lru_cache

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests import hlo
+from qwen35_jax.planner import hlo
 
 
 def _mesh():

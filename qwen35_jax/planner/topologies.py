@@ -1,0 +1,178 @@
+"""Devices that are not there: descriptions from which the real TPU and GPU compilers work on a machine with neither.
+
+A TPU is described by the name of its topology, which libtpu knows. A GPU is described by XLA's GpuTargetConfigProto in
+text form, written here from the data sheets of the H100 SXM and the H200 and from the CUDA limits of compute capability
+9.0. The process must run with the settings of `prepare_process`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+
+import jax
+from jax.experimental import topologies
+
+from qwen35_jax.errors import UserError
+
+GIB = 2**30
+# libtpu asks a metadata server where it is, and locks the machine's TPU: here there is neither.
+SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# How much scratch CUB's sort needs, the compiler asks the GPU, for some sizes; its own sort it can plan alone.
+GPU_SETTINGS = {"XLA_FLAGS": "--xla_gpu_enable_cub_radix_sort=false"}
+QUIET = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
+COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
+MAX_DEVICES = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one JAX device has, by its maker's data sheet: bytes, bytes per second, floating-point operations per second.
+
+    A chip of tpu7x is two devices, and the figures here are half of its own. `link` is what one device sends over one
+    link to a neighbour of the torus, `links` their number; of a GPU, over NVLink to all others of its node together.
+    `network` is what a device sends to other nodes or slices.
+    """
+
+    platform: str
+    hbm: int
+    hbm_bandwidth: float
+    bf16: float
+    fp8: float
+    link: float
+    links: int
+    network: float
+    dimensions: int
+    devices: int = 1
+
+
+# https://docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x; NVIDIA's data sheets of H100 SXM and H200 (dense rates),
+# NVLink 4 of 900 GB/s both ways, a network card of 400 Gb/s beside each GPU.
+CHIPS = {
+    "v5e": Chip("tpu", 16 * GIB, 819e9, 197e12, 197e12, 50e9, 4, 3.1e9, 2),
+    "v5p": Chip("tpu", 95 * GIB, 2765e9, 459e12, 459e12, 100e9, 6, 6.25e9, 3),
+    "v6e": Chip("tpu", 32 * GIB, 1638e9, 918e12, 918e12, 100e9, 4, 12.5e9, 2),
+    "tpu7x": Chip("tpu", 96 * GIB, 3690e9, 1153.5e12, 2307e12, 50e9, 6, 6.25e9, 3, devices=2),
+    "h100": Chip("cuda", 80 * 10**9, 3352.32e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1),
+    "h200": Chip("cuda", 141 * 10**9, 4800e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of TPU chips, `shape` in each direction of the torus, or `shape` = (nodes, GPUs of each)."""
+
+    kind: str
+    shape: tuple[int, ...]
+
+    @property
+    def chip(self) -> Chip:
+        return CHIPS[self.kind]
+
+    @property
+    def platform(self) -> str:
+        return self.chip.platform
+
+    @property
+    def hbm(self) -> int:
+        """Bytes of memory of a device."""
+        return self.chip.hbm
+
+    @property
+    def chips(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """JAX devices: what a mesh multiplies to."""
+        return self.chips * self.chip.devices
+
+    def __str__(self) -> str:
+        shape = self.shape[1:] if self.platform == "cuda" and self.shape[0] == 1 else self.shape
+        return f"{self.kind}:{'x'.join(str(n) for n in shape)}"
+
+
+def parse_topology(text: str) -> Topology:
+    """'v5p:4x4x4', 'v6e:8x8', 'h100:8' (one node), 'h100:2x8' (two). UserError for what there is not."""
+    kind, _, sizes = str(text).partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", sizes):
+        raise UserError(
+            f"topology {text!r} is none: write a kind ({', '.join(CHIPS)}), a colon and its shape, as v5p:4x4x4, v6e:8x8, "
+            "tpu7x:2x2x4, h100:8, or h100:2x8 for two nodes"
+        )
+    chip, shape = CHIPS[kind], tuple(int(n) for n in sizes.split("x"))
+    if chip.platform == "cuda":
+        shape = (1, *shape) if len(shape) == 1 else shape
+        if len(shape) != 2 or shape[1] > 8:
+            raise UserError(f"topology {text!r}: write {kind}:8 or {kind}:NODESx8, with 1 to 8 GPUs of a node")
+    elif len(shape) != chip.dimensions:
+        example = "x".join(["4"] * chip.dimensions)
+        raise UserError(f"topology {text!r}: chips of {kind} stand in {chip.dimensions} directions; write {kind}:{example}")
+    topology = Topology(kind, shape)
+    if topology.size > MAX_DEVICES:
+        raise UserError(f"topology {text!r} has {topology.size} devices; at most {MAX_DEVICES} are planned for")
+    return topology
+
+
+def prepare_process(platform: str) -> None:
+    """Environment and configuration of a process that compiles for devices of a platform; before JAX is first used."""
+    os.environ.update(SETTINGS)
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", SETTINGS["JAX_PLATFORMS"])
+    if platform == "cuda":
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{given} {GPU_SETTINGS['XLA_FLAGS']}"
+
+
+def topology_devices(topology: Topology) -> list[jax.Device]:
+    """The devices of a topology, good for a Mesh and for lowering and compiling, not for running. UserError where the
+    compiler is not installed or does not know the topology."""
+    compiler = COMPILERS[topology.platform]
+    if importlib.util.find_spec(compiler) is None:
+        raise UserError(f"compiling for {topology} needs {compiler}: pip install -e '.[aot]'")
+    try:
+        if topology.platform == "tpu":
+            return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
+        grid = f"{topology.shape[0]}x1x{topology.shape[1]}"
+        description = topologies.get_topology_desc(
+            platform="cuda", topology_name=grid, topology=grid, target_config=gpu_description(topology.kind)
+        )
+        return list(description.devices)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"topology {topology} is refused by {compiler}: {' '.join(str(error).split())[:200]}") from error
+
+
+# name, memory bytes per second, bytes, memory clock in kHz
+GPUS = {
+    "h100": ("NVIDIA H100 80GB HBM3", 3_352_320_000_000, 84_942_979_072, 2_619_000),
+    "h200": ("NVIDIA H200 141GB HBM3e", 4_800_000_000_000, 151_397_597_184, 3_750_000),
+}
+HOPPER = """
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98 l2_cache_size: 52428800
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  device_vendor: "NVIDIA Corporation" platform_version: "Compute Capability 9.0a"
+  device_address_bits: 64 pcie_bandwidth: 34359738368 ecc_enabled: true
+  driver_version: "13.0.0" runtime_version: "12.8.0" compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0" cub_version: "3.1.2" device_interconnect_info { active_links: 18 }
+"""
+
+
+def gpu_description(gpu: str) -> str:
+    """XLA's GpuTargetConfigProto of one GPU, in text form. The matrix units' rates, which only XLA's own cost model of
+    GPU matrix products would read, are left out."""
+    name, bandwidth, memory, memory_clock = GPUS[gpu]
+    model = f"sm_9.0a with {memory}B RAM, 132 cores, 1980000KHz clock, {memory_clock}KHz mem clock, 52428800B L2$"
+    return (
+        f"gpu_device_info {{ {HOPPER}"
+        f'  name: "{name}" model_str: "{model}" memory_bandwidth: {bandwidth} device_memory_size: {memory}\n}}\n'
+        f'platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 patch: 0 }} device_description_str: "{name}"\n'
+    )
