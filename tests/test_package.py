@@ -15,7 +15,7 @@ PACKAGE = ROOT / "qwen35_jax"
 
 # The layers, top to bottom; a module may import its own layer and those below it. Commands are the rest of the top.
 LAYERS = (
-    "train", "generate", "checkpoint", "vision_io", "text", "model", "ops", "program", "hosts", "sharding", "config",
+    "planner", "train", "generate", "checkpoint", "vision_io", "text", "model", "ops", "program", "hosts", "sharding", "config",
     "compilation", "command", "compat", "errors",
 )  # fmt: skip
 # Folders side by side that must not know each other.

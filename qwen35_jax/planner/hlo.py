@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 import re
 
@@ -25,7 +26,17 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
 _GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 _JOINED = re.compile(r"(?:all-reduce|reduce-scatter)(?:-start)?\(%?[\w.\-]*concatenate[\w.\-]*\)")
+_FUSED = re.compile("fused|fusion")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+# Who runs a computation: the attributes by which an instruction names others, one or several of them.
+_CALLED = re.compile(
+    r"\b(body|condition|calls|to_apply|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[^,\s]+)"
+)
+_NAME = re.compile(r"%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# The condition of a loop that counts from 0, where the compiler does not write down how often: `i < constant`.
+_CONSTANT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_COMPARE = re.compile(r"^\s*ROOT %?[\w.\-]+ = pred\[\]\S* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +81,9 @@ def _group(line: str) -> int:
 def collectives(hlo: str) -> list[Collective]:
     """The collectives of `compiled.as_text()`, in the order of the text. One inside a loop is listed once.
 
-    The TPU compiler hides a collective behind several computations by putting a copy of it into each: what has the same
-    kind, size and channel in another computation is such a copy and is left out. (All ragged ones have the same channel.)"""
+    The TPU compiler hides a collective behind several fusions by putting a copy of it into each: what has the same kind,
+    size and channel in another computation is such a copy and is left out. Outside of fusions it is another one, since all
+    collectives of `shard_map` may have one channel, as all ragged ones have."""
     found, computation, first_seen = [], "", {}
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
@@ -81,9 +93,10 @@ def collectives(hlo: str) -> list[Collective]:
             (size, bits), group = _largest_array(shape), _group(line)
             if kind == "reduce-scatter" and not start:  # its signature shows the result; the asynchronous form both
                 size *= group
-            channel = _CHANNEL.search(line) if kind != "ragged-all-to-all" else None
+            channel = _CHANNEL.search(line)
             key = (kind, size, channel.group(1)) if channel else (len(found),)
-            if first_seen.setdefault(key, computation) == computation:
+            first = first_seen.setdefault(key, computation)
+            if first == computation or not _FUSED.search(computation):
                 joined = bool(_JOINED.search(line))
                 found.append(Collective(kind, size, bits, group, computation, joined, line.strip()))
     return found
@@ -92,3 +105,30 @@ def collectives(hlo: str) -> list[Collective]:
 def counts(hlo: str, min_bytes: int = 0) -> dict[str, int]:
     """{kind: number of instructions} of those that move an array of at least `min_bytes` per device."""
     return dict(collections.Counter(c.kind for c in collectives(hlo) if c.bytes >= min_bytes))
+
+
+def runs(hlo: str) -> dict[str, int]:
+    """How often each computation of `compiled.as_text()` runs in one call of the program: 1, times the trips of the loops
+    around it. A loop whose trips are not known, as one that ends when a condition comes true, counts as one trip."""
+    callers, limits, computation = collections.defaultdict(list), {}, ""
+    constants: dict[str, int] = {}
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            computation, constants = header.group(1), {}
+        elif match := _CONSTANT.match(line):
+            constants[match.group(1)] = int(match.group(2))
+        elif (match := _COMPARE.match(line)) and match.group(1) in constants:
+            limits[computation] = constants[match.group(1)]
+        for attribute, names in _CALLED.findall(line):
+            known = _TRIPS.search(line)
+            condition = re.search(r"condition=%?([\w.\-]+)", line) if attribute == "body" else None
+            trips = (int(known.group(1)) if known else condition.group(1)) if condition else 1
+            for name in _NAME.findall(names):
+                callers[name].append((computation, trips))
+
+    @functools.cache
+    def count(name: str) -> int:
+        calls = ((caller, limits.get(trips, 1) if isinstance(trips, str) else trips) for caller, trips in callers[name])
+        return sum(count(caller) * trips for caller, trips in calls) or 1
+
+    return {name: count(name) for name in list(callers)}

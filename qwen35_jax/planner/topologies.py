@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import itertools
 import math
 import os
 import re
@@ -21,9 +22,11 @@ from qwen35_jax.errors import UserError
 GIB = 2**30
 # libtpu asks a metadata server where it is, and locks the machine's TPU: here there is neither.
 SETTINGS = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# What else it would complain about, in many lines: which kind of TPU this machine is part of, and with which others.
+QUIET = {"TPU_ACCELERATOR_TYPE": "v5p-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_STDERR_LOG_LEVEL": "3"}
+QUIET |= {"TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
 # How much scratch CUB's sort needs, the compiler asks the GPU, for some sizes; its own sort it can plan alone.
 GPU_SETTINGS = {"XLA_FLAGS": "--xla_gpu_enable_cub_radix_sort=false"}
-QUIET = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
 COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 MAX_DEVICES = 16384
 
@@ -34,7 +37,7 @@ class Chip:
 
     A chip of tpu7x is two devices, and the figures here are half of its own. `link` is what one device sends over one
     link to a neighbour of the torus, `links` their number; of a GPU, over NVLink to all others of its node together.
-    `network` is what a device sends to other nodes or slices.
+    `network` is what a device sends to other nodes. The chips stand in a grid of `dimensions`; `name` is JAX's device_kind.
     """
 
     platform: str
@@ -46,18 +49,19 @@ class Chip:
     links: int
     network: float
     dimensions: int
+    name: str
     devices: int = 1
 
 
 # https://docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x; NVIDIA's data sheets of H100 SXM and H200 (dense rates),
 # NVLink 4 of 900 GB/s both ways, a network card of 400 Gb/s beside each GPU.
 CHIPS = {
-    "v5e": Chip("tpu", 16 * GIB, 819e9, 197e12, 197e12, 50e9, 4, 3.1e9, 2),
-    "v5p": Chip("tpu", 95 * GIB, 2765e9, 459e12, 459e12, 100e9, 6, 6.25e9, 3),
-    "v6e": Chip("tpu", 32 * GIB, 1638e9, 918e12, 918e12, 100e9, 4, 12.5e9, 2),
-    "tpu7x": Chip("tpu", 96 * GIB, 3690e9, 1153.5e12, 2307e12, 50e9, 6, 6.25e9, 3, devices=2),
-    "h100": Chip("cuda", 80 * 10**9, 3352.32e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1),
-    "h200": Chip("cuda", 141 * 10**9, 4800e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1),
+    "v5e": Chip("tpu", 16 * GIB, 819e9, 197e12, 197e12, 50e9, 4, 3.1e9, 2, "TPU v5 lite"),
+    "v5p": Chip("tpu", 95 * GIB, 2765e9, 459e12, 459e12, 100e9, 6, 6.25e9, 3, "TPU v5"),
+    "v6e": Chip("tpu", 32 * GIB, 1638e9, 918e12, 918e12, 100e9, 4, 12.5e9, 2, "TPU v6 lite"),
+    "tpu7x": Chip("tpu", 96 * GIB, 3690e9, 1153.5e12, 2307e12, 50e9, 6, 6.25e9, 3, "TPU7x", devices=2),
+    "h100": Chip("cuda", 80 * 10**9, 3352.32e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1, "NVIDIA H100 80GB HBM3"),
+    "h200": Chip("cuda", 141 * 10**9, 4800e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1, "NVIDIA H200 141GB HBM3e"),
 }
 
 
@@ -146,10 +150,34 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         raise UserError(f"topology {topology} is refused by {compiler}: {' '.join(str(error).split())[:200]}") from error
 
 
-# name, memory bytes per second, bytes, memory clock in kHz
+@dataclasses.dataclass(frozen=True)
+class StandIn:
+    """A device without a compiler: as much of a jax.Device as a Mesh, its layout over the chips and `resolve_forms` ask for."""
+
+    id: int
+    platform: str
+    device_kind: str
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    slice_index: int = 0
+    compute_capability: str = "9.0"
+    client: None = None
+
+
+def stand_ins(topology: Topology) -> list[StandIn]:
+    """As many as the topology has devices, at the same places: for arithmetic on meshes where no compiler is installed."""
+    if topology.platform == "cuda":
+        return [StandIn(i, "gpu", topology.chip.name, (*divmod(i, topology.shape[1]), 0)) for i in range(topology.size)]
+    grid = (range(n) for n in reversed((*topology.shape, 1)[:3]))
+    places = itertools.product(*grid, range(topology.chip.devices))
+    return [StandIn(i, "tpu", topology.chip.name, (x, y, z), core) for i, (z, y, x, core) in enumerate(places)]
+
+
+# memory bytes per second, bytes, memory clock in kHz
 GPUS = {
-    "h100": ("NVIDIA H100 80GB HBM3", 3_352_320_000_000, 84_942_979_072, 2_619_000),
-    "h200": ("NVIDIA H200 141GB HBM3e", 4_800_000_000_000, 151_397_597_184, 3_750_000),
+    "h100": (3_352_320_000_000, 84_942_979_072, 2_619_000),
+    "h200": (4_800_000_000_000, 151_397_597_184, 3_750_000),
 }
 HOPPER = """
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -169,7 +197,7 @@ HOPPER = """
 def gpu_description(gpu: str) -> str:
     """XLA's GpuTargetConfigProto of one GPU, in text form. The matrix units' rates, which only XLA's own cost model of
     GPU matrix products would read, are left out."""
-    name, bandwidth, memory, memory_clock = GPUS[gpu]
+    name, (bandwidth, memory, memory_clock) = CHIPS[gpu].name, GPUS[gpu]
     model = f"sm_9.0a with {memory}B RAM, 132 cores, 1980000KHz clock, {memory_clock}KHz mem clock, 52428800B L2$"
     return (
         f"gpu_device_info {{ {HOPPER}"

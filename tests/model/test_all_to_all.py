@@ -19,8 +19,8 @@ from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.ops.fp8 import quantize_weight
 from qwen35_jax.ops.moe import Routing, all_to_all, moe_apply, moe_form, moe_reference, products, route
 from qwen35_jax.ops.moe.exchange import exchange, padded_exchange, ragged_exchange
+from qwen35_jax.planner.hlo import collectives
 from qwen35_jax.sharding import Sharding, make_mesh
-from tests.hlo import collectives
 
 B, T, D, E, F, K = 8, 6, 16, 8, 12, 3
 

@@ -8,8 +8,8 @@ import pytest
 
 from qwen35_jax.generate import steps
 from qwen35_jax.model import Model
+from qwen35_jax.planner.hlo import collectives
 from qwen35_jax.sharding import Sharding, make_mesh
-from tests.hlo import collectives
 from tests.model.test_programs import DENSE, SMALL
 
 SHARDS, TOKENS = 8, 32

@@ -95,3 +95,50 @@ def test_ragged_ones_share_a_channel_and_are_no_copies():
 }
 """
     assert hlo.counts(text) == {"ragged-all-to-all": 2}
+
+
+def test_trips_of_loops_multiply():
+    """Nested scans of 3 and 5 with a sum over devices in each, beside a loop that ends when a condition comes true."""
+    mesh = _mesh()
+
+    def body(x):
+        def inner(c, _):
+            return jax.lax.psum(c, "model") * 0.25, None
+
+        def outer(c, _):
+            c = jax.lax.psum(c, "data") * 0.5
+            return jax.lax.scan(inner, c, None, length=5)[0], None
+
+        x = jax.lax.scan(outer, x, None, length=3)[0]
+        return jax.lax.while_loop(lambda c: c[0, 0] < 1e9, lambda c: jax.lax.psum(c, ("data", "model")), x)
+
+    step = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=P(("data", "model")), out_specs=P(("data", "model")), check_vma=False))
+    text = step.lower(jax.ShapeDtypeStruct((64, 32), jnp.float32)).compile().as_text()
+    runs = hlo.runs(text)
+    found = {c.group: runs[c.computation] for c in hlo.collectives(text)}
+    assert found == {2: 3, 4: 15, 8: 1}
+
+
+def test_trips_that_the_tpu_compiler_leaves_in_the_condition():
+    text = """
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %a = f32[8]{0} all-reduce(%x), channel_id=1, replica_groups=[1,2]<=[2], to_apply=%add
+}
+%cond.2 (p: (s32[], f32[8])) -> pred[] {
+  %constant.7 = s32[]{:T(128)} constant(15), backend_config={"flag_configs":[]}
+  %gte = s32[]{:T(128)} get-tuple-element(%p), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%gte, %constant.7), direction=LT, metadata={op_name="jit(f)/lt"}
+}
+%body.1 (p: f32[8]) -> f32[8] {
+  %b = f32[8]{0} all-reduce(%x), channel_id=2, replica_groups=[1,2]<=[2], to_apply=%add
+  %w = (s32[], f32[8]{0}) while(%t), condition=%cond.2, body=%body.2
+}
+%cond.1 (p: f32[8]) -> pred[] {
+  ROOT %r = pred[] not(%done)
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  ROOT %v = f32[8]{0} while(%p), condition=%cond.1, body=%body.1
+}
+"""
+    runs = hlo.runs(text)
+    assert [(c.kind, runs[c.computation]) for c in hlo.collectives(text)] == [("all-reduce", 15), ("all-reduce", 1)]

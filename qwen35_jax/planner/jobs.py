@@ -1,0 +1,169 @@
+"""What is planned: a model, a workload and its sizes; and the programs that `sample` or `train` would run for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from qwen35_jax.config import PRESETS, ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.generate.generation import capacity_bucket, prompt_buckets, slot_bucket
+from qwen35_jax.generate.steps import abstract_session, make_decode, make_prefill
+from qwen35_jax.model import Model
+from qwen35_jax.ops.forms import resolve_forms
+from qwen35_jax.program import Program
+from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
+from qwen35_jax.train.config import default_config
+from qwen35_jax.train.run import Run, find_origin, make_run
+from qwen35_jax.train.weights import kept_params
+
+WORKLOADS = ("decode", "prefill", "train", "sample")
+WEIGHTS = ("bf16", "fp8")
+LARGEST = 2**24  # of batch and context: nobody has more, and what follows from them still fits
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """`batch` sequences of at most `context` tokens.
+
+    decode: a token of each, with `context` tokens in the cache. prefill: prompts of `context` tokens, `chunk` at once.
+    sample: both. train: a step of the default configuration (AdamW, float32 masters, bfloat16 computation, remat full).
+    weights: fp8 keeps the weights of inference in FP8; training multiplies in FP8, and its masters stay float32.
+    """
+
+    model: str
+    workload: str
+    weights: str = "bf16"
+    batch: int = 1
+    context: int = 4096
+    chunk: int = 2048
+    kernels: str = "auto"
+
+    def __post_init__(self):
+        for name, choices in (("model", PRESETS), ("workload", WORKLOADS), ("weights", WEIGHTS)):
+            if getattr(self, name) not in choices:
+                raise UserError(f"--{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
+        for name in ("batch", "context", "chunk"):
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 to {LARGEST}")
+        longest = self.config.max_position_embeddings
+        if self.context > longest:
+            raise UserError(f"--context {self.context}: {self.model} takes at most {longest} tokens (max_position_embeddings)")
+
+    @property
+    def config(self) -> ModelConfig:
+        fp8 = self.weights == "fp8" and not self.training
+        return ModelConfig.preset(self.model).replace(fp8_weights=fp8)
+
+    @property
+    def training(self) -> bool:
+        return self.workload == "train"
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache of a sequence holds, as `sample` rounds them up."""
+        return capacity_bucket(max(self.context, sum(prompt_buckets(self.context, self.chunk)) if self.prefills else 0))
+
+    @property
+    def prefills(self) -> bool:
+        return self.workload in ("prefill", "sample")
+
+    def replace(self, **changes) -> Job:
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One program of a job, and the arrays on the devices while it runs: they are its arguments, or stay beside it."""
+
+    name: str
+    program: Program
+    weights: Any
+    state: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Placed:
+    """A job on a mesh (stand-ins will do): the model and its abstract arrays."""
+
+    job: Job
+    model: Model
+
+    @classmethod
+    def on(cls, job: Job, mesh: Mesh) -> Placed:
+        """UserError where the model cannot be cut, or the batch not be spread, as the mesh asks."""
+        sharding = Sharding(mesh)
+        check_mesh(job.config, sharding)
+        if job.training and job.batch % sharding.batch:
+            shape = "x".join(str(n) for n in mesh.devices.shape)
+            raise UserError(f"--batch {job.batch} is no multiple of the {sharding.batch} data shards of mesh {shape}")
+        return cls(job, Model(job.config, sharding, resolve_forms(mesh, job.config, job.kernels)))
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    @property
+    def sharding(self) -> Sharding:
+        return self.model.sharding
+
+    @property
+    def slots(self) -> int:
+        """Rows of all devices: of inference a power of two on each data shard, as `sample` makes them, some perhaps dead."""
+        return self.job.batch if self.job.training else slot_bucket(self.job.batch, self.sharding.batch)
+
+    @property
+    def rows(self) -> int:
+        """Of one device."""
+        return self.slots // self.sharding.batch
+
+    @functools.cached_property
+    def params(self) -> dict:
+        """The abstract parameters as the model takes them."""
+        return self.model.abstract_params(stacked=True)
+
+    @functools.cached_property
+    def weights(self) -> dict:
+        """What lies on the devices between the steps: of training the float32 masters."""
+        return kept_params(self.model) if self.job.training else self.params
+
+    @functools.cached_property
+    def state(self) -> Any:
+        """The decoding state; of training AdamW's two moments of each parameter."""
+        if self.job.training:
+            return self.weights, self.weights
+        return abstract_session(self.model, self.slots, self.job.capacity)["state"]
+
+
+def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
+    """The programs, on the mesh of this text over `devices`. UserError for a mesh or a batch that cannot be."""
+    placed, vocabulary = Placed.on(job, make_mesh(mesh, devices)), job.config.vocab_size
+    if job.training:
+        run = training_run(job, mesh, devices)
+        moments = {name: x for name, x in run.state.items() if name not in ("params", "frozen")}
+        return [Step("train", run.train_step(), (run.state["params"], run.state["frozen"]), moments)]
+    model, rows, capacity, steps = placed.model, placed.slots, job.capacity, []
+    if job.prefills:
+        length = max(prompt_buckets(job.context, job.chunk))
+        steps.append(Step("prefill", make_prefill(model, rows, rows, length, capacity), placed.weights, placed.state))
+    if job.workload != "prefill":
+        steps.append(Step("decode", make_decode(model, rows, capacity, vocabulary), placed.weights, placed.state))
+    return steps
+
+
+def training_run(job: Job, mesh: str, devices: list) -> Run:
+    """What `train` makes of the default configuration with this model, batch and sequence length."""
+    c = default_config()
+    c.model.source, c.model.random_weights, c.mesh, c.kernels = job.model, True, mesh, job.kernels
+    c.data.sequence_length, c.data.batch_size, c.fp8.enabled = job.context, job.batch, job.weights == "fp8"
+    return make_run(c, find_origin(c), devices)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Bytes of a tree of abstract arrays on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

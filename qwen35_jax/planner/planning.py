@@ -1,0 +1,111 @@
+"""A plan: the meshes ranked, the best of them compiled, and where nothing fits, what would."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.planner.compiled import FULL, Compiled, compile_job
+from qwen35_jax.planner.jobs import Job
+from qwen35_jax.planner.search import Candidate, check_size, estimate, rank
+from qwen35_jax.planner.topologies import MAX_DEVICES, Topology
+
+DOUBLINGS = 7  # of chips, that are tried before the planner says that more of them do not help
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """`candidates`, best first; `compiled`: {mesh: its compiled steps} of the first of them; `advice` where nothing fits."""
+
+    job: Job
+    topology: Topology
+    candidates: list[Candidate]
+    compiled: dict[str, list[Compiled]]
+    advice: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Of what was compiled, or else of what was estimated, whether a mesh holds the job."""
+        if self.compiled:
+            return any(fits(steps, self.topology) for steps in self.compiled.values())
+        return any(c.fits for c in self.candidates)
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole plan as numbers, strings, lists and dicts: bytes, seconds, tokens a second."""
+        meshes = []
+        for c in self.candidates:
+            times = {step: _times(r) for step, r in c.rooflines.items()}
+            estimated = {"weights": c.weights, "state": c.state, "temporaries": c.temporaries, "fits": c.fits, "rooflines": times}
+            meshes.append({"mesh": c.mesh} | estimated)
+        compiled = {mesh: [_step(s, self.topology) for s in steps] for mesh, steps in self.compiled.items()}
+        head = dataclasses.asdict(self.job) | {"topology": str(self.topology), "devices": self.topology.size}
+        head |= {"capacity": self.topology.hbm, "fits": self.fits, "advice": self.advice}
+        return head | {"candidates": meshes, "compiled": compiled}
+
+
+def fits(steps: list[Compiled], topology: Topology) -> bool:
+    """Whether a device holds every one of the compiled steps."""
+    return all(step.memory.total <= FULL * topology.hbm for step in steps)
+
+
+def make_plan(job: Job, topology: Topology, mesh: str | None = None, count: int = 1) -> Plan:
+    """Ranks the meshes (or takes `mesh`) and compiles the first `count`. UserError for what cannot be."""
+    if mesh is None:
+        candidates = rank(job, topology)
+    else:
+        check_size(mesh, topology)
+        candidates = [estimate(job, mesh, topology)]
+    compiled = {c.mesh: compile_job(job, c.mesh, topology) for c in candidates[:count]}
+    plan = Plan(job, topology, candidates, compiled, [])
+    return plan if plan.fits else dataclasses.replace(plan, advice=list(_advice(job, topology)))
+
+
+def _advice(job: Job, topology: Topology) -> Iterator[str]:
+    """What would fit, by estimate."""
+    if job.weights == "bf16" and not job.training and _holds(job.replace(weights="fp8"), topology):
+        yield "--weights fp8"
+    for name in ("batch", "context"):
+        size = getattr(job, name)
+        while size > 1:
+            size //= 2
+            if _holds(job.replace(**{name: size}), topology):
+                yield f"--{name} {size}"
+                break
+    larger = topology
+    for _ in range(DOUBLINGS):
+        larger = _doubled(larger)
+        if larger.size <= MAX_DEVICES and _holds(job, larger):
+            yield f"--topology {larger}"
+            return
+
+
+def _holds(job: Job, topology: Topology) -> bool:
+    try:
+        return rank(job, topology)[0].fits
+    except UserError:
+        return False
+
+
+def _doubled(topology: Topology) -> Topology:
+    """Twice as many chips: of TPUs the shortest side doubled, of GPUs the nodes (after a node is full)."""
+    shape = list(topology.shape)
+    if topology.platform == "cuda":
+        side = 1 if shape[1] < 8 else 0
+    else:
+        side = max(i for i, n in enumerate(shape) if n == min(shape))
+    shape[side] *= 2
+    return dataclasses.replace(topology, shape=tuple(sorted(shape) if topology.platform == "tpu" else shape))
+
+
+def _times(r: Any) -> dict[str, Any]:
+    derived = {"seconds": r.seconds, "bound": r.bound, "tokens_per_second": r.tokens_per_second}
+    return dataclasses.asdict(r) | derived
+
+
+def _step(step: Compiled, topology: Topology) -> dict[str, Any]:
+    memory = dataclasses.asdict(step.memory) | {"total": step.memory.total, "fits": fits([step], topology)}
+    collectives = [dataclasses.asdict(c) for c in step.collectives]
+    seconds = {"lower_seconds": step.lower_seconds, "compile_seconds": step.compile_seconds}
+    return {"step": step.name, "memory": memory, "collectives": collectives, "roofline": _times(step.roofline)} | seconds

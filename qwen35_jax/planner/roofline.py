@@ -1,0 +1,242 @@
+"""The least a step can take: operations, bytes of memory and bytes between devices over the rates of the data sheets.
+
+All figures are of one device, counted from the configuration and the abstract arrays, without a compiler. What they assume
+is in ASSUMPTIONS, which the planner prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.planner import links
+from qwen35_jax.planner.jobs import Placed, shard_bytes
+from qwen35_jax.planner.topologies import Topology
+
+ASSUMPTIONS = (
+    "rates are those of the data sheets; compute, memory and interconnect run beside each other, so the slowest is the bound",
+    "no latency: a collective costs its bytes alone, a kernel nothing to start",
+    "memory: each weight and each part of the state is read once a pass, each product's input and output once",
+    "experts: even routing, so tokens of the group reach 1 - (1 - k/E)^tokens of them; weights of the others are not read",
+    "decode: the cache is full and read whole; prefill and training: causal attention does half of all scores",
+    "training: forward, forward again (remat full) and a backward pass of twice its operations",
+    "bfloat16 rates, but for FP8 training, where FP8 rates are taken for all products",
+)
+GDN_CHUNK = 64  # tokens of a chunk of the delta rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Transfer:
+    """`count` collectives of one kind and size (as `hlo.Collective` counts bytes) over the devices along `axes`."""
+
+    kind: str
+    bytes: float
+    axes: tuple[str, ...]
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """One step on one device: operations, bytes of memory by what they are, and the times in seconds."""
+
+    operations: float
+    memory: dict[str, float]
+    compute_seconds: float
+    memory_seconds: float
+    interconnect_seconds: float
+    tokens: int  # of the whole step, over all devices
+
+    @property
+    def seconds(self) -> float:
+        return max(self.compute_seconds, self.memory_seconds, self.interconnect_seconds)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def bound(self) -> str:
+        times = {name: getattr(self, f"{name}_seconds") for name in ("compute", "memory", "interconnect")}
+        return max(times, key=times.get)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """Tokens that go through the model together: `length` of each of a device's rows. A step has `count` passes."""
+
+    placed: Placed
+    step: str
+    length: int
+    count: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Of one device."""
+        return self.placed.rows * self.length
+
+    @property
+    def group(self) -> int:
+        """Of all devices that share the experts."""
+        return self.tokens * self.placed.sharding.mesh.shape["data"]
+
+    @property
+    def live(self) -> int:
+        """Those of the group that are no filling."""
+        return min(self.placed.job.batch * self.length, self.group)
+
+
+def make_roofline(placed: Placed, step: str, topology: Topology, transfers: list[Transfer] | None = None) -> Roofline:
+    """Of one step of a job (decode: one token of each sequence; prefill: the whole prompts). `transfers`: those of one pass of
+    the compiled program, in place of those that the model's form asks for."""
+    job, chip, mesh = placed.job, topology.chip, placed.sharding.mesh
+    one = _pass(placed, step)
+    operations = _operations(one) * one.count * (4 if step == "train" else 1)
+    memory = {name: size for name, size in _memory(one).items() if size}
+    rate = chip.fp8 if job.training and job.weights == "fp8" else chip.bf16
+    transfers = expected_transfers(one) if transfers is None else transfers
+    return Roofline(
+        operations,
+        memory,
+        operations / rate,
+        sum(memory.values()) / chip.hbm_bandwidth,
+        one.count * sum(transfer_seconds(t, mesh, topology) for t in transfers),
+        job.batch * (1 if step == "decode" else job.context),
+    )
+
+
+def transfer_seconds(t: Transfer, mesh: Any, topology: Topology) -> float:
+    """All of a Transfer's collectives, one after the other."""
+    group = math.prod(mesh.shape[a] for a in t.axes)
+    return t.count * links.seconds(t.kind, t.bytes, group, links.bandwidth(mesh, topology, t.axes))
+
+
+def _pass(placed: Placed, step: str) -> Pass:
+    job = placed.job
+    if step == "prefill":
+        length = min(job.chunk, job.context)
+        return Pass(placed, step, length, -(-job.context // length))
+    return Pass(placed, step, job.context if step == "train" else 1)
+
+
+def _widths(config: ModelConfig, model: int) -> dict[str, list[tuple[int, int]]]:
+    """(in, out) of the dense products of each kind of layer, and of the head, on one of `model` shards."""
+    c, d = config, config.hidden_size
+
+    def heads(n: int) -> int:
+        return max(n, model) // model
+
+    q, kv = heads(c.num_attention_heads) * c.head_dim, heads(c.num_key_value_heads) * c.head_dim
+    key, n = heads(c.linear_num_key_heads) * c.linear_key_head_dim, heads(c.linear_num_value_heads)
+    value, ffn = n * c.linear_value_head_dim, (c.shared_expert_intermediate_size or c.intermediate_size) // model
+    mlp = [(d, ffn), (d, ffn), (ffn, d)] + ([(d, c.num_experts)] if c.num_experts else [])
+    return {
+        "attention": [(d, 2 * q), (d, kv), (d, kv), (q, d), *mlp],
+        "gated_deltanet": [(d, key), (d, key), (d, value), (d, value), (d, n), (d, n), (value, d), *mlp],
+        "head": [(d, c.vocab_size // model)],
+    }
+
+
+def _layers(config: ModelConfig, step: str) -> dict[str, int]:
+    """How many layers of each kind a token passes; in training the one for multi-token prediction too."""
+    mtp = config.mtp_num_hidden_layers if step == "train" else 0
+    attention = config.num_units
+    return {
+        "attention": attention + mtp,
+        "gated_deltanet": config.num_hidden_layers - attention,
+        "head": 1 + mtp if step != "prefill" else 0,
+    }
+
+
+def _expert_rows(one: Pass) -> float:
+    """Rows, each through all of an expert's width, that a device multiplies in a layer, if routing is even."""
+    c, s = one.placed.config, one.placed.sharding
+    axes = s.expert_axes({"E": c.num_experts, "F": c.moe_intermediate_size})
+    ways = math.prod(s.mesh.shape[a] for part in axes for a in part)
+    return one.live * c.num_experts_per_tok / ways
+
+
+def _operations(one: Pass) -> float:
+    c, m, layers = one.placed.config, one.placed.sharding.model, _layers(one.placed.config, one.step)
+    widths = _widths(c, m)
+    total = sum(layers[kind] * sum(2 * i * o for i, o in widths[kind]) for kind in layers) * one.tokens
+    if c.num_experts:
+        total += c.num_hidden_layers * _expert_rows(one) * 6 * c.hidden_size * c.moe_intermediate_size
+    seen = one.placed.job.capacity if one.step == "decode" else one.placed.job.context / 2
+    total += layers["attention"] * one.tokens * 4 * (max(c.num_attention_heads, m) // m) * c.head_dim * seen
+    per_head = 6 * c.linear_key_head_dim * c.linear_value_head_dim
+    per_head += 0 if one.step == "decode" else 8 * c.linear_value_head_dim * GDN_CHUNK
+    return total + layers["gated_deltanet"] * one.tokens * (max(c.linear_num_value_heads, m) // m) * per_head
+
+
+def _memory(one: Pass) -> dict[str, float]:
+    """Bytes read and written in the step, by what they are."""
+    c, placed, n = one.placed.config, one.placed, one.count
+    experts, dense = _weight_bytes(placed.params, c.tie_word_embeddings, one.step)
+    hit = 1 - (1 - c.num_experts_per_tok / c.num_experts) ** one.live if c.num_experts else 0
+    if one.step == "train":
+        # Gathered and read: forward, again, and for both gradients. The optimizer reads four arrays and writes three.
+        optimizer = 7 * shard_bytes(placed.weights)
+        return {"weights": 6 * (dense + experts * hit), "optimizer": optimizer, "activations": 4 * _activations(one)}
+    cache = shard_bytes([placed.state[name] for name in ("k", "v")])
+    return {
+        "dense weights": n * dense,
+        "experts": n * experts * hit,
+        "keys and values": cache if one.step == "decode" else n / 2 * cache,
+        "recurrent state": n * 2 * (shard_bytes(placed.state) - cache),
+        "activations": n * _activations(one),
+    }
+
+
+def _weight_bytes(params: dict, tied: bool, step: str) -> tuple[int, int]:
+    """Bytes on a device of (routed experts, all else) that a pass reads; of an embedding only rows are."""
+    read = {name: tree for name, tree in params.items() if name != "mtp" or step == "train"}
+    if step == "prefill":
+        read = {name: tree for name, tree in read.items() if name not in ("embed", "lm_head")}
+    elif step == "decode" and not tied:
+        read.pop("embed")
+    experts = shard_bytes(_experts(read))
+    return experts, shard_bytes(read) - experts
+
+
+def _experts(tree: Any) -> list:
+    """The subtrees of routed experts' weights."""
+    if not isinstance(tree, dict):
+        return []
+    return [x for name, node in tree.items() for x in ([node] if name == "experts" else _experts(node))]
+
+
+def _activations(one: Pass) -> float:
+    """Bytes of all products' inputs and outputs in one forward pass."""
+    c, layers = one.placed.config, _layers(one.placed.config, one.step)
+    widths, size = _widths(c, one.placed.sharding.model), 4 if c.dtype == "float32" else 2
+    total = sum(layers[kind] * sum(i + o for i, o in widths[kind]) for kind in layers) * one.tokens
+    if c.num_experts:
+        total += c.num_hidden_layers * _expert_rows(one) * 3 * (c.hidden_size + c.moe_intermediate_size)
+    return total * size
+
+
+def expected_transfers(one: Pass) -> list[Transfer]:
+    """The collectives of one pass that the model's form asks for: a sum over `model` after each mixer and MLP and after the
+    embedding, the experts' tokens over `data` and back; in training also the parameters' gathering and gradients' scattering."""
+    c, s, layers = one.placed.config, one.placed.sharding, _layers(one.placed.config, one.step)
+    count = layers["attention"] + layers["gated_deltanet"]
+    local, group = (n * c.hidden_size * 2 for n in (one.tokens, one.group))
+    times = 3 if one.step == "train" else 1  # forward, again, backward
+    found = []
+    if s.model > 1:
+        sums = 3 if c.num_experts else 2
+        found.append(Transfer("all-reduce", local, ("model",), times * (sums * count + 1)))
+    if c.num_experts and s.mesh.shape["data"] > 1:
+        found += [Transfer(kind, group, ("data",), times * count) for kind in ("all-gather", "reduce-scatter")]
+    return found + (_parameter_transfers(one.placed) if one.step == "train" else [])
+
+
+def _parameter_transfers(placed: Placed) -> list[Transfer]:
+    """Parameters are gathered in the model's dtype for the forward and the backward pass, gradients scattered once."""
+    experts, dense = _weight_bytes(placed.params, placed.config.tie_word_embeddings, "train")
+    shape = placed.sharding.mesh.shape
+    parts = [(dense, [a for a in ("replica", "data") if shape[a] > 1]), (experts, ["replica"] if shape["replica"] > 1 else [])]
+    kinds = (("all-gather", 2), ("reduce-scatter", 1))
+    return [Transfer(kind, size, tuple(axes), n) for size, axes in parts if axes and size for kind, n in kinds]

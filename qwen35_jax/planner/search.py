@@ -1,0 +1,88 @@
+"""Which mesh: all that the devices form and the model fits, ranked by whether they hold it and by their rooflines, from abstract
+arrays alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from qwen35_jax.errors import UserError
+from qwen35_jax.planner.compiled import FULL
+from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
+from qwen35_jax.planner.roofline import Roofline, make_roofline
+from qwen35_jax.planner.topologies import Topology, stand_ins
+from qwen35_jax.sharding import make_mesh, parse_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A mesh with estimates of one device: bytes of weights and state, counted; of temporaries, by the forms' large buffers."""
+
+    mesh: str
+    weights: int
+    state: int
+    temporaries: int
+    rooflines: dict[str, Roofline]
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.state + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= FULL * self.capacity
+
+    @property
+    def seconds(self) -> float:
+        return sum(r.seconds for r in self.rooflines.values())
+
+
+def meshes(devices: int) -> list[str]:
+    """All DATAxMODEL and REPLICAxDATAxMODEL of so many devices."""
+    divisors = [n for n in range(1, devices + 1) if devices % n == 0]
+    shapes = [(r, d, devices // r // d) for r in divisors for d in divisors if devices % (r * d) == 0]
+    return ["x".join(str(n) for n in shape[0 if shape[0] > 1 else 1 :]) for shape in shapes]
+
+
+def check_size(mesh: str, topology: Topology) -> None:
+    """UserError for a mesh that does not multiply to the topology's devices."""
+    count = math.prod(parse_mesh(mesh))
+    if count != topology.size:
+        chips = f" ({topology.chips} chips of {topology.chip.devices})" if topology.chip.devices > 1 else ""
+        raise UserError(f"--mesh {mesh} has {count} devices, but {topology} has {topology.size}{chips}")
+
+
+def rank(job: Job, topology: Topology) -> list[Candidate]:
+    """What fits first, by its bound on the time; then what does not, by its bytes. UserError where no mesh can be."""
+    found, problem = [], None
+    for mesh in meshes(topology.size):
+        try:
+            found.append(estimate(job, mesh, topology))
+        except UserError as error:
+            problem = problem or error
+    if not found:
+        raise UserError(f"no mesh of the {topology.size} devices of {topology} can be: for one, {problem}")
+    return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else 0.0, c.total))
+
+
+def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:
+    """UserError where the devices do not form the mesh, the model cannot be cut so, or the batch not be spread."""
+    placed = Placed.on(job, make_mesh(mesh, stand_ins(topology)))
+    steps = ("prefill", "decode") if job.workload == "sample" else (job.workload,)
+    rooflines = {step: make_roofline(placed, step, topology) for step in steps}
+    temporaries = max(_temporaries(placed, step) for step in steps)
+    return Candidate(mesh, shard_bytes(placed.weights), shard_bytes(placed.state), temporaries, rooflines, topology.hbm)
+
+
+def _temporaries(placed: Placed, step: str) -> int:
+    """The large buffers: one unit's weights, tokens of the experts' group, and in training the units' inputs that are kept,
+    the gradients, the gathered unit with its own, and the gathered embedding and head."""
+    c, job, width = placed.config, placed.job, placed.config.hidden_size
+    tokens = placed.rows * {"decode": 1, "prefill": min(job.chunk, job.context), "train": job.context}[step]
+    unit = shard_bytes(placed.params["units"]) // c.num_units
+    group = tokens * placed.sharding.mesh.shape["data"] * width if c.num_experts else 0
+    if step != "train":
+        return unit + tokens * width * 40 + group * 10
+    ends = shard_bytes({name: x for name, x in placed.params.items() if name != "units"})
+    return shard_bytes(placed.weights) + 2 * unit + 2 * ends + tokens * width * (2 * c.num_units + 60) + group * 12
