@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.forms import Forms
-from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Weight, quantize_activation, share_activation
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, quantize_activation, share_activation
 from qwen35_jax.ops.linear import linear
 from qwen35_jax.sharding import Sharding
 
@@ -29,6 +30,8 @@ class Products:
 
     def __call__(self, x: jax.Array | Fp8Activation, w, spec: str, out_dtype=None) -> jax.Array:
         """linear(x, w, spec)."""
+        if isinstance(w, Fp8Operand) and self.forms.linear != "xla":
+            return self._trained(x, w, spec, out_dtype)
         if not isinstance(w, Fp8Weight):
             return linear(x, w, spec, out_dtype=out_dtype, implementation=self.forms.linear)
         if self.forms.fp8_linear == "xla" and not self.config.fp8_activations:
@@ -38,12 +41,7 @@ class Products:
     def _sharded(self, x, w: Fp8Weight, spec: str, out_dtype) -> jax.Array:
         """On each device's shard. A weight that is whole on every device, since the mesh would cut its blocks, is multiplied
         whole on every device."""
-        inputs, out = spec.split("->")
-        x_axes, w_axes = inputs.split(",")
-        w_spec = self.sharding.parameter_spec(" ".join(w_axes), w.values.shape, w.scales.shape)
-        cut = {a: (mesh_axes,) if mesh_axes else () for a, mesh_axes in zip(w_axes, w_spec, strict=True)}  # one axis at most
-        x_spec, out_spec = (self.sharding.spec(" ".join(axes), **cut) for axes in (x_axes, out))
-        partial = [axis for letter in w_axes if letter in x_axes for axis in cut[letter]]
+        in_specs, out_spec, partial = self._specs(w, spec)
 
         def local(x, w):
             if self.config.fp8_activations and not isinstance(x, Fp8Activation):
@@ -51,5 +49,28 @@ class Products:
             y = linear(x, w, spec, out_dtype=out_dtype, implementation=self.forms.fp8_linear)
             return jax.lax.psum(y, partial) if partial else y
 
-        specs = {"mesh": self.sharding.mesh, "in_specs": (x_spec, w_spec), "out_specs": out_spec}
-        return jax.shard_map(local, **specs, check_vma=False)(x, w)
+        return jax.shard_map(local, mesh=self.sharding.mesh, in_specs=in_specs, out_specs=out_spec, check_vma=False)(x, w)
+
+    def _trained(self, x, w: Fp8Operand, spec: str, out_dtype) -> jax.Array:
+        """A product in FP8, its gradients too, by a kernel on each device's shard; blocks begin anew there, as in `Fp8Operand`.
+
+        Partial sums leave with an axis of their own and are added outside: the gradient of a sum inside would be one more.
+        """
+        in_specs, out_spec, partial = self._specs(w, spec)
+
+        def local(x, w):
+            y = linear(x, dataclasses.replace(w, cuts=()), spec, out_dtype=out_dtype, implementation=self.forms.linear)
+            return y[None] if partial else y
+
+        out_specs = P(tuple(partial), *out_spec) if partial else out_spec
+        y = jax.shard_map(local, mesh=self.sharding.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(x, w)
+        return jax.lax.reduce_sum(y, (0,)) if partial else y  # in the dtype of y, unlike jnp.sum
+
+    def _specs(self, w, spec: str) -> tuple[tuple[P, P], P, list[str]]:
+        """How the mesh cuts (x, w) and their product, and the mesh axes over which that is a partial sum."""
+        inputs, out = spec.split("->")
+        x_axes, w_axes = inputs.split(",")
+        w_spec = self.sharding.parameter_spec(" ".join(w_axes), *(a.shape for a in jax.tree.leaves(w)))
+        cut = {a: (mesh_axes,) if mesh_axes else () for a, mesh_axes in zip(w_axes, w_spec, strict=True)}  # one axis at most
+        x_spec, out_spec = (self.sharding.spec(" ".join(axes), **cut) for axes in (x_axes, out))
+        return (x_spec, w_spec), out_spec, [axis for letter in w_axes if letter in x_axes for axis in cut[letter]]

@@ -55,7 +55,7 @@ def resolve_forms(
     if kernels not in KERNEL_CHOICES:
         choices = ", ".join(KERNEL_CHOICES)
         raise UserError(f"kernels {kernels!r}: no such form for {device.device_kind}; choose from {choices}")
-    forms = _kernels_for(device, config, mesh.devices.size)
+    forms = _kernels_for(device, config)
     if kernels == "pallas" and forms is None:
         raise UserError(f"kernels 'pallas': there are none for {device.device_kind}, only for {_WHERE}; use auto or xla")
     forms = dataclasses.replace(Forms() if kernels == "xla" or forms is None else forms, moe=moe)
@@ -66,12 +66,12 @@ def resolve_forms(
 _WHERE = "TPU and, with JAX 0.11 or newer, H100 and H200"
 
 
-def _kernels_for(device: jax.Device, config: ModelConfig, devices: int) -> Forms | None:
-    """Our kernels for a device, of so many, as far as they support the model; None where the device has none at all."""
+def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
+    """Our kernels for a device, as far as they support the model; None where the device has none at all."""
     if device.platform == "tpu":
         return _tpu_forms(config)
     if device.platform == "gpu" and HAS_MOSAIC_GPU and device.compute_capability == "9.0":
-        return _hopper_forms(config, devices)
+        return _hopper_forms(config)
     return None
 
 
@@ -95,16 +95,14 @@ def _fp8_widths(config: ModelConfig) -> tuple[int, ...]:
     return config.hidden_size, config.head_dim, config.linear_key_head_dim, config.linear_value_head_dim, *mlp
 
 
-def _hopper_forms(config: ModelConfig, devices: int) -> Forms:
+def _hopper_forms(config: ModelConfig) -> Forms:
     forms = {}
     if gpu.supports(config.linear_key_head_dim, config.linear_value_head_dim, config.dtype):
         forms["gated_delta_rule"] = "pallas_gpu"
     if gpu_decode.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms["gated_delta_step"] = "pallas_gpu"
     if operands.supports(config.dtype):
-        forms["grouped_linear"] = "pallas_gpu"
-        if devices == 1:  # FP8 training: the dense products of a mesh are cut by the compiler, which cannot cut a kernel
-            forms["linear"] = "pallas_gpu"
+        forms |= {"linear": "pallas_gpu", "grouped_linear": "pallas_gpu"}
         if config.fp8_weights and operands.supports(config.dtype, *_fp8_widths(config)):
             forms |= {"fp8_linear": "pallas_gpu", "fp8_grouped_linear": "pallas_gpu"}
     return Forms(**forms)

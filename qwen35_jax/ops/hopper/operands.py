@@ -89,7 +89,7 @@ def training_dot(out_dtype, a: tuple, a_side: int, b: tuple, b_side: int) -> jax
     """`block_dot` of ops/fp8/training.py for operands that no mesh cuts: [1, rows, 1, columns] -> [1, rows, 1, columns]."""
     parts = {n for operand in (a, b) for n in operand[0].shape[::2]}
     if parts != {1}:
-        raise UserError("linear: the pallas_gpu implementation trains in FP8 on one device only; use xla on a mesh")
+        raise UserError("linear: pallas_gpu trains one device's shard of a weight in FP8; call it inside shard_map, or use xla")
     a, b = (tuple(v[0, :, 0] for v in operand) for operand in (a, b))
     if a_side == 0:
         blocks = jnp.full(1, a[1].shape[0], jnp.int32)

@@ -21,7 +21,7 @@ FEW_ROWS = 256
 
 
 def linear_gpu(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Operand, spec: str, out_dtype) -> jax.Array:
-    """See `qwen35_jax.ops.linear.linear`. x is bfloat16 where w is FP8; a weight trained in FP8 is whole on one device."""
+    """See `qwen35_jax.ops.linear.linear`. x is bfloat16 where w is FP8. For one shard: a weight trained in FP8 has no cuts."""
     plain = x.x if isinstance(x, Fp8Activation) else x
     if not isinstance(w, Fp8Weight | Fp8Operand):
         return linear_xla(x, w, spec, out_dtype)
