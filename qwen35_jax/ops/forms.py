@@ -78,7 +78,7 @@ def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
 def _tpu_forms(config: ModelConfig) -> Forms:
     forms = {}
     if tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim):
-        forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu"}
+        forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu", "causal_conv1d": "pallas_tpu"}
     if attention_tpu.supports(config.head_dim, config.dtype):
         forms["attention"] = "pallas_tpu"
     if config.fp8_weights and all(n % BLOCK == 0 for n in _fp8_widths(config)):

@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.experimental.pallas import tpu as pltpu
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.causal_conv import causal_conv1d, reference
 
 TIME = 20
+kernel = functools.partial(causal_conv1d, implementation="pallas_tpu")
 
 
 def make(batch=2, time=TIME, seed=0):
@@ -29,14 +31,15 @@ def differentiate(conv, inputs, segment_ids, cotangents):
     return values, vjp(cotangents)[0]
 
 
-def check(inputs, segment_ids=None):
-    """Values and gradients in x, w and state. What comes out at padding is nobody's business."""
+def check(inputs, segment_ids=None, conv=causal_conv1d, scale=1.0):
+    """Values and gradients in x, w and state. What comes out at padding is nobody's business. scale: of the error of dw, a sum
+    over tokens."""
     rng = np.random.default_rng(1)
     y, window = (rng.normal(size=shape).astype(np.float32) for shape in (inputs["x"].shape, inputs["state"].shape))
     real = np.ones(inputs["x"].shape[:2]) if segment_ids is None else segment_ids != 0
     real = real.astype(np.float32)[..., None, None]
     cotangents = (y * real, window)
-    (got, new), gradients = differentiate(causal_conv1d, inputs, segment_ids, cotangents)
+    (got, new), gradients = differentiate(conv, inputs, segment_ids, cotangents)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(np.float64), (inputs, cotangents))
         (want, want_new), want_gradients = differentiate(reference.causal_conv1d, wide[0], segment_ids, wide[1])
@@ -44,7 +47,7 @@ def check(inputs, segment_ids=None):
     np.testing.assert_allclose(got * real, want * real, atol=2e-6)
     np.testing.assert_array_equal(new, np.asarray(want_new, np.float32))
     for name, expected in want_gradients.items():
-        np.testing.assert_allclose(gradients[name], expected, atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(gradients[name], expected, atol=2e-5 * (scale if name == "w" else 1), err_msg=name)
 
 
 def test_whole_rows():
@@ -95,6 +98,73 @@ def test_bfloat16_is_rounded_once():
     want, _ = causal_conv1d(**{name: x.astype(jnp.float32) for name, x in inputs.items()})
     assert y.dtype == state.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(np.float32), want, rtol=2**-8)
+
+
+# --- the TPU kernels, interpreted: 128 channels a head, several pieces of a block and several blocks
+
+ROWS_OF_DOCUMENTS = {
+    "one document": None,
+    "packed": [[5, 40, 1, 2, 90, 300], [260, 170]],
+    "boundaries at blocks": [[16, 112, 128, 256], [500, 3, 9]],
+    "padding alone": [[], [100]],
+}
+
+
+def wide(time, dtype="float32"):
+    rng = np.random.default_rng(0)
+    shapes = {"x": (2, time, 2, 128), "w": (2, 128, 4), "state": (2, 3, 2, 128)}
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in shapes.items()}
+
+
+def documents(rows, time):
+    ids = [np.pad(np.repeat(np.arange(1, len(row) + 1), row), (0, time))[:time] for row in rows]
+    return np.stack(ids).astype(np.int32)
+
+
+@pytest.fixture
+def interpreted():
+    """As TPU programs, with memory that starts as NaN."""
+    with pltpu.force_tpu_interpret_mode():
+        yield
+
+
+@pytest.mark.parametrize("time", [520, pytest.param(1025, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ROWS_OF_DOCUMENTS)
+def test_kernel(interpreted, name, time):
+    rows = ROWS_OF_DOCUMENTS[name]
+    check(wide(time), None if rows is None else documents(rows, time), kernel, scale=time**0.5)
+
+
+@pytest.mark.parametrize("time", [1, 3, 17, 129])
+def test_kernel_of_few_tokens(interpreted, time):
+    check(wide(time), documents([[1, time - 1], [time]], time), kernel)
+
+
+def test_kernel_without_state_or_activation(interpreted):
+    x, w = (wide(40)[name] for name in "xw")
+    got, want = (jax.jit(functools.partial(form, activation=None))(x, w) for form in (kernel, causal_conv1d))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_kernel_in_bfloat16(interpreted):
+    """Computed in float32 and rounded once; dw is summed in float32 over tokens and rounded once too."""
+    inputs = {name: jnp.asarray(x, jnp.bfloat16) for name, x in wide(150).items()}
+    exact = {name: x.astype(jnp.float32) for name, x in inputs.items()}
+
+    def both(form, inputs):
+        values, back = jax.vjp(lambda inputs: form(**inputs), inputs)
+        return values[0], back(jax.tree.map(jnp.ones_like, values))[0]
+
+    got, want = jax.jit(functools.partial(both, kernel))(inputs), jax.jit(functools.partial(both, causal_conv1d))(exact)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert np.linalg.norm(a.astype(np.float32) - b) < 2e-3 * np.linalg.norm(b)  # the rounding of bfloat16 itself
+
+
+def test_kernel_wants_whole_registers_of_channels():
+    with pytest.raises(UserError, match="channels in multiples of 128, at most 8 taps, not 6 channels, 4 taps"):
+        kernel(**make())
 
 
 @pytest.mark.parametrize(

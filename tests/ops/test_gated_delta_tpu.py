@@ -147,11 +147,12 @@ def mesh_of(platform, capability="8.0"):
 
 def test_choice_of_forms():
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
-    chosen = Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu", attention="pallas_tpu")
+    linear = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "causal_conv1d"), "pallas_tpu")
+    chosen = Forms(**linear, attention="pallas_tpu")
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
     assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
     in_float32 = resolve_forms(mesh_of("tpu"), large.replace(dtype="float32"))
-    assert in_float32 == Forms(gated_delta_rule="pallas_tpu", gated_delta_step="pallas_tpu")
+    assert in_float32 == Forms(**linear)
     assert resolve_forms(mesh_of("gpu"), large) == Forms()
     assert resolve_forms(mesh_of("gpu", "9.0"), large).gated_delta_step == ("pallas_gpu" if HAS_MOSAIC_GPU else "xla")
     with pytest.raises(UserError, match="none for some gpu, only for TPU"):

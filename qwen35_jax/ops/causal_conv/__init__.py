@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.causal_conv import context, xla
+from qwen35_jax.ops.causal_conv import context, tpu, xla
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
 ACTIVATIONS = (None, "silu")
+FORMS = {"xla": xla.causal_conv1d, "pallas_tpu": tpu.causal_conv1d}
 
 
 def causal_conv1d(
@@ -31,7 +32,7 @@ def causal_conv1d(
       state: [B, W - 1, *ch], the raw inputs before x, oldest first; None means zeros. It belongs to the first segment.
       segment_ids: int32 [B, T], non-decreasing, 0 = padding at the end of a row. No token sees another segment.
       activation: "silu" or None.
-      implementation: None or "xla".
+      implementation: None (xla), "xla" or "pallas_tpu" (channels in multiples of 128).
       context_axis: under `shard_map`, the mesh axis over which T is cut; each shard has the next T tokens. The state is that
         before the first shard, and the new one that after the last with real tokens, on all shards.
 
@@ -43,7 +44,7 @@ def causal_conv1d(
     Raises:
       UserError: shapes that do not fit together, or an activation or implementation that does not exist.
     """
-    check_implementation("causal_conv1d", implementation)
+    check_implementation("causal_conv1d", implementation, tuple(FORMS))
     if activation not in ACTIVATIONS:
         raise UserError(f"causal_conv1d: no activation {activation!r}; choose 'silu' or None")
     if x.ndim < 3 or w.shape[:-1] != x.shape[2:]:
@@ -54,6 +55,7 @@ def causal_conv1d(
     check_segment_ids("causal_conv1d", segment_ids, *x.shape[:2])
     if state is None:
         state = jnp.zeros_like(x, shape=expected)
+    convolve = FORMS[implementation or "xla"]
     if context_axis is not None:
-        return context.causal_conv1d(x, w, state.astype(x.dtype), segment_ids, activation, context_axis)
-    return xla.causal_conv1d(x, w, state.astype(x.dtype), segment_ids, activation)
+        return context.causal_conv1d(convolve, x, w, state.astype(x.dtype), segment_ids, activation, context_axis)
+    return convolve(x, w, state.astype(x.dtype), segment_ids, activation)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.causal_conv import xla
 from qwen35_jax.ops.segments import first_segment, from_shard, shift_right
 
 
-def causal_conv1d(x, w, state, segment_ids, activation, axis: str):
-    """See `ops.causal_conv.causal_conv1d` with a context_axis; state is given, in the dtype of x."""
+def causal_conv1d(convolve: Callable, x, w, state, segment_ids, activation, axis: str):
+    """See `ops.causal_conv.causal_conv1d` with a context_axis; state is given, in the dtype of x. `convolve`: the form of the
+    shard's own convolution."""
     halo = w.shape[-1] - 1
     if x.shape[1] < halo:
         raise UserError(f"causal_conv1d: {x.shape[1]} tokens a shard of {axis!r}; pass at least {halo}, or use fewer shards")
@@ -19,7 +21,7 @@ def causal_conv1d(x, w, state, segment_ids, activation, axis: str):
     if segment_ids is not None:
         same = shift_right(segment_ids[:, -halo:], axis) == first_segment(segment_ids)[:, None]
         window = jnp.where(same.reshape(*same.shape, *(1,) * (x.ndim - 2)), window, 0)
-    y, last = xla.causal_conv1d(x, w, jnp.where(rank == 0, state, window), segment_ids, activation)
+    y, last = convolve(x, w, jnp.where(rank == 0, state, window), segment_ids, activation)
     return y, from_shard(last, axis, _last_with_tokens(segment_ids, axis))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -37,10 +39,16 @@ def convolve(
     implementation: str | None = None,
     context_axis: str | None = None,
 ):
-    """q, k and v [B, T, heads, width] after their convolutions, in one call over all channels, and their new windows.
+    """q, k and v [B, T, heads, width] after their convolutions, and their new windows.
 
-    rows: the windows before, [B, W - 1, heads, width] each; None: zeros. context_axis: as in `causal_conv1d`.
+    rows: the windows before, [B, W - 1, heads, width] each; None: zeros. context_axis: as in `causal_conv1d`. One token is
+    convolved in one call over all channels; more are not joined, since that would be two more passes over them.
     """
+    options = {"implementation": implementation, "context_axis": context_axis}
+    convolution = functools.partial(causal_conv1d, segment_ids=segment_ids, **options)
+    if x["q"].shape[1] > 1:
+        parts = [convolution(x[n[-1]], w[n], state=None if rows is None else rows[n]) for n in WINDOWS]
+        return [y for y, _ in parts], {n: window for n, (_, window) in zip(WINDOWS, parts, strict=True)}
     parts = [x["q"], x["k"], x["v"]]
     sizes = [p.shape[2] * p.shape[3] for p in parts]
     flat = jnp.concatenate([p.reshape(*p.shape[:2], -1) for p in parts], axis=-1)
@@ -48,8 +56,7 @@ def convolve(
     state = None
     if rows is not None:
         state = jnp.concatenate([rows[n].reshape(*rows[n].shape[:2], -1) for n in WINDOWS], axis=-1)
-    options = {"implementation": implementation, "context_axis": context_axis}
-    y, window = causal_conv1d(flat, weight, state=state, segment_ids=segment_ids, **options)
+    y, window = convolution(flat, weight, state=state)
 
     def split(a):
         ends = [sum(sizes[: i + 1]) for i in range(2)]
