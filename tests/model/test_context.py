@@ -32,7 +32,7 @@ def expected(config, step: str) -> dict[tuple[str, int], int]:
     """Of one unit of three Gated DeltaNet layers and attention, float32, and of what follows once."""
     n, k, h, d = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
     values, dk, dv = config.linear_num_value_heads, config.linear_key_head_dim, config.linear_value_head_dim
-    window = 3 * (2 * config.linear_num_key_heads * dk + values * dv)
+    windows = 3 * config.linear_num_key_heads * dk, 3 * config.linear_num_key_heads * dk, 3 * values * dv  # of q, k and v
     maps = {"A": values * dk * dk, "B": values * dk * dv}
     want: collections.Counter = collections.Counter()
     if step == "decode":
@@ -40,7 +40,8 @@ def expected(config, step: str) -> dict[tuple[str, int], int]:
     else:
         want["collective-permute", maps["A"]] += 3 * 2  # the first two of three steps, in each layer
         want["collective-permute", maps["B"]] += 3 * 4  # three steps, and the state that enters the next shard
-        want["collective-permute", window] += 3
+        for window in windows:
+            want["collective-permute", window] += 3
     if step == "logits":
         want["collective-permute", TOKENS // SHARDS * k * h] += 2  # keys and values, in the loop over the ring
     if step == "prefill":
