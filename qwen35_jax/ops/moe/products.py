@@ -6,11 +6,14 @@ import functools
 
 import jax
 
-from qwen35_jax.ops.fp8 import Fp8Activation, quantize_activation
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, quantize_activation
 from qwen35_jax.ops.grouped_linear import grouped_linear
 
 # Rows of one pass over the experts are limited so that its buffers (input, gate and up, hidden, output) stay below this.
 BUFFER_BYTES = 256 * 2**20
+# Training in FP8 adds up float32 beside each block's product and the rows' scales: bytes for each number of a row's width, as
+# XLA's form takes them forward and backward of 35b-a3b's experts (compiled for v5p).
+FP8_ROW = 26
 
 
 def local_count(experts: dict) -> int:
@@ -21,7 +24,8 @@ def local_count(experts: dict) -> int:
 def row_bytes(experts: dict, d: int, itemsize: int) -> int:
     """Bytes of one row's input, gate, up, hidden and output, and of the output in float32."""
     width = jax.tree.leaves(experts["gate"])[0].shape[2]
-    return (2 * d + 3 * width) * itemsize + 4 * d
+    fp8 = FP8_ROW * d if isinstance(experts["gate"], Fp8Operand) else 0
+    return (2 * d + 3 * width) * itemsize + 4 * d + fp8
 
 
 def expert_rows(
