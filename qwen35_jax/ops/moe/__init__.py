@@ -8,7 +8,7 @@ import math
 import jax
 
 from qwen35_jax.ops.moe.all_to_all import all_to_all_experts
-from qwen35_jax.ops.moe.choice import MOE_CHOICES, moe_form
+from qwen35_jax.ops.moe.choice import MOE_CHOICES, moe_form, tokens_are_cut
 from qwen35_jax.ops.moe.gather import gather_experts
 from qwen35_jax.ops.moe.reference import moe_reference
 from qwen35_jax.ops.moe.routing import RouterLoad, Routing, balance_loss, route
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 EXPERT_AXES = {"gate": "E D F", "up": "E D F", "down": "E F D"}
-FORMS = {"gather": gather_experts, "all_to_all": all_to_all_experts}
 
 
 def moe_apply(
@@ -43,13 +42,12 @@ def moe_apply(
     specs = {name: sharding.parameter_spec(axes, *shapes[name]) for name, axes in EXPERT_AXES.items()}
     expert_axes, f_axes = sharding.expert_axes(*(dict(zip(EXPERT_AXES["gate"].split(), s, strict=True)) for s in shapes["gate"]))
     tokens = sharding.spec("B T D")
-    cut = "data" in (*sharding.rules["B"], *sharding.rules["T"])
+    cut = tokens_are_cut(sharding)
     count, k = math.prod(x.shape[:2]), routing.experts.shape[-1]
     form = moe_form(form, sharding, count, shapes["gate"][0][0], k, x.shape[2], x.dtype.itemsize)
     local = functools.partial(
-        FORMS[form],
+        functools.partial(gather_experts, gathered=cut) if form == "gather" else all_to_all_experts,
         expert_axes=expert_axes,
-        gathered=cut,
         # Partial over `model` where it cuts E or F; where it cuts neither, every model shard has the whole sum. Partial over
         # `data` where every data shard has all tokens already: what is gathered is scattered again.
         partial_axes=tuple(a for a in (*expert_axes, *f_axes) if a != "data" or not cut),

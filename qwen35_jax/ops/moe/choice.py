@@ -25,19 +25,27 @@ def all_to_all_bytes(tokens: int, k: int, d: int, itemsize: int, data: int, colu
     return tokens * k * (data - 1) * 2 * d * itemsize // (data * columns)
 
 
+def tokens_are_cut(sharding: Sharding) -> bool:
+    """Whether each data shard has tokens of its own."""
+    return "data" in (*sharding.rules["B"], *sharding.rules["T"])
+
+
 def moe_form(form: str, sharding: Sharding, tokens: int, experts: int, k: int, d: int, itemsize: int) -> str:
     """Form "gather" or "all_to_all": `form` itself, or for "auto" what the rule says of a step of so many tokens (of the whole
     batch), each [d] numbers with k of all `experts`. UserError for anything that is not one of `MOE_CHOICES`.
 
-    "auto" is "gather" where there are no TPUs: GPUs are reported to be slow at `ragged_all_to_all`, CPUs have none.
+    Tokens that every data shard has (a step of one token, where sequences are cut) are exchanged by neither form, and "gather"
+    it is. So is "auto" where there are no TPUs: GPUs are reported to be slow at `ragged_all_to_all`, CPUs have none.
     """
     if form not in MOE_CHOICES:
         raise UserError(f"moe form {form!r} does not exist; choose from {', '.join(MOE_CHOICES)}")
+    if not tokens_are_cut(sharding):
+        return "gather"
     if form != "auto":
         return form
     if sharding.mesh.devices.flat[0].platform != "tpu":
         return "gather"
-    sizes = (tokens // sharding.batch, k, d, itemsize, sharding.mesh.shape["data"])
+    sizes = (tokens // sharding.size("J"), k, d, itemsize, sharding.mesh.shape["data"])
     columns = sharding.model if "model" in sharding.expert_axes({"E": experts})[0] else 1
     saving = gather_bytes(*sizes) - all_to_all_bytes(*sizes, columns)
     return "all_to_all" if saving > LEAST_SAVING else "gather"
