@@ -307,7 +307,8 @@ class LanguageModel:
 
     def _moe(self) -> str:
         """The form of the experts in the last batch's steps."""
-        forms = {step: self.model.moe_form(tokens) for step, tokens in self.step_tokens.items()}
+        models = {"prefill": self.model, "decode": self.model.for_one_token()}
+        forms = {step: models[step].moe_form(tokens) for step, tokens in self.step_tokens.items()}
         if len(set(forms.values())) <= 1:
             return next(iter(forms.values()), self.model.forms.moe)
         return ", ".join(f"{form} ({step})" for step, form in forms.items())
