@@ -97,6 +97,8 @@ class _Loop:
         """The state to start from: the newest checkpoint's, or a new one."""
         if self.checkpoints.latest is None:
             self.state = initial_state(self.run)
+            if self.run.draws_tower:
+                self._say("the vision tower starts from random weights")
         else:
             self.step, self.state, position = self.checkpoints.restore(self.run.state)
             self.data.set_state(position)

@@ -101,6 +101,12 @@ class Run:
         """The vision tower of a run with pictures."""
         return self.loss.tower
 
+    @property
+    def draws_tower(self) -> bool:
+        """Whether the tower starts from random numbers: the checkpoint, if there is one, holds none."""
+        source = self.origin.source
+        return self.tower is not None and not (source and source_has_vision(CanonicalSource(source, self.origin.config)))
+
     def batch(self, parts: int = 1) -> dict:
         """The abstract arrays of a batch that is run in so many parts."""
         d = self.config.data
@@ -223,7 +229,7 @@ def initial_state(run: Run) -> dict:
     drawn = {}
     if not params:
         drawn = Model(master, run.model.sharding, run.model.forms).init_params(seed, stacked=True)
-    if run.tower and "vision" not in params:
+    if run.draws_tower:
         drawn["vision"] = VisionModel(master, run.tower.sharding, run.tower.forms).init_params(seed)
     if drawn:
         places = _shardings({name: kept[name] for name in drawn})
@@ -245,7 +251,7 @@ def _stored(run: Run, kept: dict) -> dict:
     if source is None:
         return {}
     params = load_params(source, config, {n: tree for n, tree in kept.items() if n != "vision"}, progress=progress)
-    if run.tower and source_has_vision(CanonicalSource(source, config)):
+    if run.tower and not run.draws_tower:
         params["vision"] = load_vision_params(source, config, kept["vision"], progress=progress)
     return params
 

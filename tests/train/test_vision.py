@@ -192,13 +192,14 @@ def test_resuming_and_export(folder, tmp_path):
     assert lm.generate([chat], max_new_tokens=2, temperature=0)[0].token_ids
 
 
-def test_a_new_tower_for_a_model_of_text(folder, tmp_path):
+def test_a_new_tower_for_a_model_of_text(folder, tmp_path, capsys):
     """It gets one of random weights; the export describes it, and is loaded."""
     changes = {"model__source": str(folder / "text"), "model__vision": TOWER, "model__tokenizer": str(folder / "model")}
     config = picture_config(folder, **changes, steps=1, loss__mtp=0.0)
     origin = find_origin(config)
     assert (origin.config.image_token_id, origin.config.video_token_id) == (4075, 4076)
     train(config, str(tmp_path / "run"), export_dir=str(tmp_path / "hf"))
+    assert "the vision tower starts from random weights" in capsys.readouterr().err
     written = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert written["vision_config"]["depth"] == 2 and written["image_token_id"] == 4075
     assert ModelConfig.from_hf(written).vision == origin.config.vision
@@ -235,5 +236,6 @@ def test_wrong_configurations(folder, changes, message):
 
 def test_settings_of_a_run(folder):
     run = make(folder, data__max_pixels=1024, data__max_frames=2)
+    assert not run.draws_tower
     assert run.pictures().settings.max_pixels == 1024 and run.pictures().settings.max_frames == 2
     assert run.pictures().shape.length == PATCHES and run.batch()["positions"].shape == (ROWS, 3, LENGTH)
