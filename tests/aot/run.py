@@ -113,8 +113,6 @@ def _training(case: Case) -> Program:
     if case.layers:
         c.model.changes = ConfigDict({"num_hidden_layers": case.layers})
     c.data.sequence_length, c.data.batch_size, c.fp8.enabled, c.moe = case.length, case.rows, case.fp8, case.moe
-    if case.pictures:
-        c.data.patches, c.data.patch_rows = 4096, case.rows
     return make_run(c, find_origin(c), target_devices(case.target)).train_step()
 
 
