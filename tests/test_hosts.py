@@ -11,11 +11,14 @@ import sys
 import time
 
 import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
 
 from qwen35_jax import hosts
+from qwen35_jax.checkpoint.safetensors_file import SafetensorsFile
 from qwen35_jax.errors import UserError
 from tests.forked import FAST, ROOT
 
@@ -129,16 +132,25 @@ def config(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("mesh", "hosts"), [("2x1", 2), ("1x2", 2), ("4x1", 4), ("2x2", 4)])
 def test_several_hosts_train_as_one_does(config, mesh, hosts, tmp_path):
-    """To the bit, data and checkpoint included: whether each host has some of the rows or a part of the model."""
-    weights = []
+    """Whether each host has some of the rows or a part of the model, data and checkpoint included.
+
+    Two hosts to the bit. Four add their parts of a sum in another order than one process does, so that a float32 weight
+    differs in its last digits, and few of the exported bfloat16 numbers are rounded to the other side.
+    """
+    exports = []
     for count in (1, hosts):
         work, export = tmp_path / f"work{count}", tmp_path / f"export{count}"
         arguments = ["--config", config, f"--config.mesh={mesh}", "--workdir", str(work), "--export_hf", str(export)]
         done = run("qwen35_jax.train", arguments, count)
         assert [status for status, *_ in done] == [0] * count, done
         assert all(not out for _, out, _ in done[1:]) and "step 3/3" in done[0][1]
-        weights.append((export / "model.safetensors").read_bytes())
-    assert weights[0] == weights[1]
+        exports.append(SafetensorsFile(epath.Path(export) / "model.safetensors"))
+    one, several = (np.concatenate([file.read(name).ravel() for name in file.tensors]) for file in exports)
+    differences = np.abs(one.astype(np.float32) - several.astype(np.float32))
+    if hosts == 2:
+        assert not differences.any()
+    else:  # three steps move a weight by 1e-2
+        assert np.mean(differences > 0) < 1e-4 and differences.max() < 1e-3, (np.mean(differences > 0), differences.max())
 
 
 def start(arguments: list[str]) -> list[subprocess.Popen]:
