@@ -15,8 +15,8 @@ PACKAGE = ROOT / "qwen35_jax"
 
 # The layers, top to bottom; a module may import its own layer and those below it. Commands are the rest of the top.
 LAYERS = (
-    "planner", "train", "generate", "checkpoint", "vision_io", "text", "model", "ops", "program", "hosts", "sharding", "config",
-    "compilation", "command", "compat", "errors",
+    "planner", "train", "generate", "checkpoint", "vision_io", "text", "model", "ops", "program", "hosts", "lifeline", "sharding",
+    "config", "compilation", "command", "compat", "errors",
 )  # fmt: skip
 # Folders side by side that must not know each other.
 STRANGERS = {

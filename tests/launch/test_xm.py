@@ -31,9 +31,10 @@ def start(home, *arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_a_local_launch_really_runs_sample(tmp_path):
-    done = start(tmp_path, "--", "sample", "--prompt", "What is 37 + 58?", "--dtype", "float32")
+    """One after the other, for each value of a sweep."""
+    done = start(tmp_path, "--sweep", "seed=1,2", "--", "sample", "--prompt", "What is 37 + 58?", "--dtype", "float32")
     assert done.returncode == 0, done.stderr
-    assert "37 + 58 = 95" in done.stdout, done.stdout
+    assert done.stdout.count("37 + 58 = 95") == 2, done.stdout
 
 
 def test_a_job_that_fails_is_an_error_of_the_launcher(tmp_path):
