@@ -42,7 +42,7 @@ class Accelerator:
 
 ACCELERATORS = {
     "v5e": Accelerator("tpu-v5-lite-podslice", "ct5lp-hightpu-{chips}t", 1, 0, "v5litepod-", 1, "v2-alpha-tpuv5-lite"),
-    "v5p": Accelerator("tpu-v5p-slice", "ct5p-hightpu-{chips}t", 1, 140, "v5p-", 2, "v2-alpha-tpuv5"),
+    "v5p": Accelerator("tpu-v5p-slice", "ct5p-hightpu-{chips}t", 1, 96, "v5p-", 2, "v2-alpha-tpuv5"),
     "v6e": Accelerator("tpu-v6e-slice", "ct6e-standard-{chips}t", 1, 0, "v6e-", 1, "v2-alpha-tpuv6e"),
     "tpu7x": Accelerator("tpu7x", "tpu7x-standard-{chips}t", 2, 144),
     "h100": Accelerator("nvidia-h100-80gb", "a3-highgpu-{chips}g", vertex="NVIDIA_H100_80GB"),

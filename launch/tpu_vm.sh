@@ -6,6 +6,7 @@
 #   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:2x2 -- convert gs://… gs://…       (on the first host alone)
 #
 # --project P  --spot  --restarts N (the slice is made again: it may have been taken away)  --python PYTHON (here)
+# A v5p slice has the shape that Cloud TPU gives to its number of chips, if that is not the one asked for.
 # --keep: the slice stays.  --existing: it is there, and stays.  --dry_run prints what would be run.
 # Needs gcloud and git, and the package in the Python here. Run it in the checkout: its files go to the hosts, but for ignored ones.
 set -euo pipefail

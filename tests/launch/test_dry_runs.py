@@ -72,7 +72,7 @@ def test_slices(text, hosts, chips, devices, machine):
         ("v6e:3x3", ["sample"], "topologies of v6e are 1x1, 2x2"),
         ("v5p:4x4", ["sample"], "topologies of v5p are 2x2x1"),
         ("v5p:8x4x4", ["sample"], "A <= B <= C"),
-        ("v5p:64x64x64", ["sample"], "of at most 8960 chips"),
+        ("v5p:64x64x64", ["sample"], "of at most 6144 chips"),
         ("h100:2x4", ["sample"], "a node is taken whole, with 8 GPUs"),
         ("v6e:4x4", [], "job (missing): give sample, convert, train"),
         ("v6e:4x4", ["serve"], "job serve: give sample, convert, train"),
