@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.train.config import check_config
 from qwen35_jax.train.run import initial_state
-from tests.train.conftest import LENGTH, ROWS, random_batch, small_run
+from tests.train.conftest import LENGTH, ROWS, random_batch, small_config, small_run
+from tests.train.test_step import TOLERANCE, curve
 
 CASES = [  # cuts, mesh, whether the model is dense
     (8, "8x1", False),
@@ -65,6 +67,19 @@ def test_losses_and_gradients(shards, mesh, dense):
 def test_a_length_that_cannot_be_cut():
     with pytest.raises(UserError, match="sequence_length .44. must be a multiple of 8: config.context_parallel cuts"):
         small_run(mesh="8x1", context_parallel=True, data__sequence_length=44)
+
+
+def test_fp8_products_are_refused():
+    with pytest.raises(UserError, match="fp8.enabled does not go with context_parallel"):
+        check_config(small_config(mesh="8x1", context_parallel=True, fp8__enabled=True))
+
+
+@pytest.mark.slow
+def test_accumulated_parts_and_lora():
+    """Several steps of the optimizer; the load-balancing loss is of each part, and off here."""
+    options = {"accumulate": 2, "loss__balance": 0.0, "loss__mtp": 0.0, "lora__rank": 4}
+    cut, whole = (curve(3, mesh=mesh, context_parallel=mesh != "1x1", **options) for mesh in ("4x2", "1x1"))
+    np.testing.assert_allclose(cut, whole, rtol=TOLERANCE)
 
 
 def test_rows_are_cut_over_replica_alone():
