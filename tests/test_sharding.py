@@ -66,6 +66,20 @@ def test_specs():
         s.spec("N F")
 
 
+def test_context_parallelism_cuts_sequences_and_caches():
+    s = Sharding(make_mesh("2x4x1"), context_parallel=True)
+    assert (s.batch, s.size("T"), s.context_axis) == (2, 4, "data")
+    assert s.spec("B T N H") == P(("replica",), ("data",), ("model",), None)
+    one = s.for_one_token()
+    assert (one.batch, one.size("T"), one.context_axis) == (2, 1, None)
+    assert one.spec("B T D") == P(("replica",), None, None)
+    assert s.spec("U S K P H") == one.spec("U S K P H") == P(None, ("replica",), ("model",), ("data",), None)
+    with pytest.raises(ValueError, match="two dimensions on one mesh axis"):
+        s.spec("T E")
+    whole = sharding("2x4x1")
+    assert whole.for_one_token() == whole and whole.spec("S K P H") == P(("replica", "data"), ("model",), None, None)
+
+
 @pytest.mark.parametrize(
     ("mesh", "axes", "shapes", "spec"),
     [

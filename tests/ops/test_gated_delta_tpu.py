@@ -153,6 +153,8 @@ def test_choice_of_forms():
     assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
     in_float32 = resolve_forms(mesh_of("tpu"), large.replace(dtype="float32"))
     assert in_float32 == Forms(**linear)
+    cut = resolve_forms(mesh_of("tpu"), large, context_parallel=True)  # the splash kernel takes no keys that come by
+    assert cut == Forms(**linear)
     assert resolve_forms(mesh_of("gpu"), large) == Forms()
     assert resolve_forms(mesh_of("gpu", "9.0"), large).gated_delta_step == ("pallas_gpu" if HAS_MOSAIC_GPU else "xla")
     with pytest.raises(UserError, match="none for some gpu, only for TPU"):
