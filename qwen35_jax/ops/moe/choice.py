@@ -45,7 +45,7 @@ def moe_form(form: str, sharding: Sharding, tokens: int, experts: int, k: int, d
         return form
     if sharding.mesh.devices.flat[0].platform != "tpu":
         return "gather"
-    sizes = (tokens // sharding.size("J"), k, d, itemsize, sharding.mesh.shape["data"])
+    sizes = (tokens // (sharding.size("B") * sharding.size("T")), k, d, itemsize, sharding.mesh.shape["data"])
     columns = sharding.model if "model" in sharding.expert_axes({"E": experts})[0] else 1
     saving = gather_bytes(*sizes) - all_to_all_bytes(*sizes, columns)
     return "all_to_all" if saving > LEAST_SAVING else "gather"
