@@ -31,7 +31,7 @@ EXPERTS = [
     # With the MiB of temporaries, about a tenth above what was measured: BUFFER_BYTES and its gradients, the float32 sums of
     # the tokens' and of the experts' gradients.
     (Case("v5p-64", "64x1", "35b-a3b", "experts", length=8192, moe="all_to_all"), 630),
-    pytest.param(Case("v5p-64", "16x4", "35b-a3b", "experts", length=32768, moe="all_to_all"), 2000, marks=pytest.mark.slow),
+    pytest.param(Case("v5p-64", "16x4", "35b-a3b", "experts", length=32768, moe="all_to_all"), 800, marks=pytest.mark.slow),
     (Case("h100", "8x1", "35b-a3b", "experts", length=8192, moe="all_to_all"), 830),
 ]
 
@@ -52,11 +52,13 @@ def test_experts_by_all_to_all_with_8192_tokens_a_chip(case, ceiling):
     [
         (Case("v5p-64", "64x1", "35b-a3b", "prefill", 64, 8192, 8192, layers=4, moe="all_to_all"), 950, 8),
         (Case("h200", "8x1", "35b-a3b", "prefill", 8, 8192, 8192, layers=4, moe="all_to_all"), 1280, 8),
-        (Case("v5p-64", "64x1", "35b-a3b", "train", 64, 8192, layers=4, moe="all_to_all"), 20000, 6 * 4 + 6),
+        (Case("v5p-64", "64x1", "35b-a3b", "train", 64, 8192, layers=4, moe="all_to_all"), 14000, 36),
     ],
     ids=["prefill-v5p", "prefill-h200", "train-v5p"],
 )
 def test_models_with_experts_by_all_to_all(case, ceiling, ragged):
+    """Two exchanges a layer; in training two more to make the units again, but for the last layer, four for the gradients,
+    and six of the layer for multi-token prediction."""
     result, found = compiled(case)
     assert result["temporary_bytes"] < ceiling * MIB, result
     assert found["ragged-all-to-all"] == ragged, found

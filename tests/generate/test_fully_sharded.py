@@ -40,7 +40,8 @@ def test_says_the_same(tiny, tiny_on, mesh, stacked, moe):
     assert [done.token_ids for done in lm.generate(PROMPTS, **OPTIONS)] == expected
     assert lm.stats()["forms"]["moe"] == moe
     tokens = np.random.default_rng(0).integers(0, 4000, (8, 48))
-    np.testing.assert_allclose(lm.logits(tokens), tiny.logits(tokens), atol=2e-4)  # other orders of float32 sums
+    logits = np.asarray(tiny.logits(tokens))
+    np.testing.assert_allclose(lm.logits(tokens), logits, atol=1e-4 * np.abs(logits).max())  # other orders of float32 sums
     # All but scales of norms and gates, which no axis divides, and the experts, which are cut already.
     assert weight_bytes(lm.params) < 1.1 * weight_bytes(tiny.params) / 8
 
