@@ -150,6 +150,7 @@ WRONG = [
     (["--max_new_tokens", "0"], "max_new_tokens"),
     (["--kernels", "magic"], "kernels"),
     (["--moe", "magic"], "moe"),
+    (["--fully_sharded", "--mesh", "1x2"], "mesh 1x2 has none"),
     (["--moe", "gather", "--model", "0.8b"], "this model has no experts"),
     (["stray"], "unexpected argument"),
     (["--checkpoint", "tiny"], "no such directory: ./tiny"),

@@ -100,6 +100,10 @@ def load(
     config = config if yarn is None else config.with_yarn(yarn)
     config = config.replace(dtype=dtype, fp8_weights=keep_fp8, fp8_activations=fp8_activations)
     check_mesh(config, sharding)
+    if fully_sharded and sharding.mesh.size == sharding.model:
+        raise UserError(
+            f"fully_sharded cuts weights over the data axes, but mesh {mesh} has none: use one such as 8x1, or leave it out"
+        )
     if keep_fp8 and not random_weights and not config.quantized_source:
         raise UserError(f"keep_fp8: {name} holds no FP8 weights")
     thinking = bool(config.num_experts) or config.hidden_size > 2048  # 0.8B and 2B answer without thinking by default
