@@ -64,9 +64,10 @@ def test_models_with_experts_by_all_to_all(case, ceiling, ragged):
     assert found["ragged-all-to-all"] == ragged, found
 
 
-def test_fully_sharded_decode_gathers_a_unit_at_a_time():
+@pytest.mark.parametrize("step", ["decode", pytest.param("prefill", marks=pytest.mark.slow)])
+def test_fully_sharded_weights_are_gathered_a_unit_at_a_time(step):
     """27b on eight chips of v5e that cut nothing but the batch: 54 GB of weights for each, were they not cut."""
-    case = Case("v5e", "8x1", "27b", "decode", rows=8, capacity=1024, fully_sharded=True)
+    case = Case("v5e", "8x1", "27b", step, rows=8, capacity=1024, fully_sharded=True)
     result, found = compiled(case)
     config = ModelConfig.preset(case.model)
     counts = parameter_counts(config)
@@ -74,7 +75,7 @@ def test_fully_sharded_decode_gathers_a_unit_at_a_time():
     unit = 2 * (counts["text"] - 2 * table) / config.num_units
     parameters = 2 * (counts["text"] + counts["mtp"])
     assert result["argument_bytes"] < parameters / 8 + 500 * MIB  # and the state
-    assert unit < result["temporary_bytes"] < 1.4 * unit, (unit / MIB, result)
+    assert result["temporary_bytes"] < 1.4 * unit, (unit / MIB, result)
     assert found["all-gather"] > 40
     largest = max(size for kind, size, *_ in result["collectives"] if kind == "all-gather")
     assert largest <= 2 * table < unit
