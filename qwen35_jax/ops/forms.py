@@ -22,8 +22,8 @@ KERNEL_CHOICES = ("auto", "xla", "pallas")
 @dataclasses.dataclass(frozen=True)
 class Forms:
     """The implementation of each op, as `sample --stats` prints it; `fp8_linear` and `fp8_grouped_linear` are those of
-    `linear` and `grouped_linear` with weights kept in FP8. `moe`: one of `MOE_CHOICES`; with "auto" each program has the form
-    that `moe_form` names for the number of its tokens."""
+    `linear` and `grouped_linear` with weights kept in FP8. Kernels of `linear` are for weights trained in FP8. `moe`: one of
+    `MOE_CHOICES`; with "auto" each program has the form that `moe_form` names for the number of its tokens."""
 
     gated_delta_rule: str = "xla"
     gated_delta_step: str = "xla"
@@ -76,7 +76,7 @@ def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
 
 
 def _tpu_forms(config: ModelConfig) -> Forms:
-    forms = {}
+    forms = {"linear": "pallas_tpu"}
     if tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu", "causal_conv1d": "pallas_tpu"}
     if attention_tpu.supports(config.head_dim, config.dtype):

@@ -13,12 +13,20 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.forms import resolve_forms
-from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Weight, quantize_activation, quantize_weight, tpu
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, quantize_activation, quantize_weight, tpu
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.grouped_linear.tpu import visits
 from qwen35_jax.ops.linear import linear
-from tests.ops.fp8_operands import GROUP_SIZES, distance, grouped_operands, normal
+from tests.ops.fp8_operands import (
+    GROUP_SIZES,
+    distance,
+    expected_products,
+    grouped_operands,
+    normal,
+    products,
+    spec_operands,
+)
 from tests.ops.test_fp8 import adversarial
 from tests.ops.test_fp8_activations import SIZES, SMALL, SPECS, exact_x
 from tests.ops.test_gated_delta_tpu import mesh_of
@@ -152,14 +160,33 @@ def test_gradients():
     assert distance(got, want) < 1e-5
 
 
+@pytest.mark.parametrize("spec", ["BTD,DNH->BTNH", pytest.param("BTNH,NHD->BTD", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_training(spec, dtype, monkeypatch):
+    """The product and both gradients in FP8: sides that are no whole blocks, several tiles along every axis."""
+    monkeypatch.setattr(tpu, "ROWS", 128)
+    monkeypatch.setattr(tpu, "COLUMNS", 128)
+    monkeypatch.setattr(tpu, "TERMS", 256)
+    x, w, dy = spec_operands(spec, dtype, sizes={"B": 3, "T": 100, "D": 200, "N": 3, "H": 96})
+    got = products(functools.partial(linear, spec=spec, implementation="pallas_tpu"), x, w, dy)
+    for a, b, like in zip(got, expected_products(spec, x, w, dy), (dy, x, w), strict=True):
+        assert a.dtype == like.dtype and distance(a, b) < BOUNDS[dtype]
+
+
+def test_products_with_arrays_are_left_to_xla():
+    x, w = normal((3, 200)), normal((200, 130), 1)
+    got, want = (linear(x, w, "TD,DF->TF", implementation=form) for form in ("pallas_tpu", "xla"))
+    np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
 def test_what_it_refuses():
     x, w = normal((3, 256)), quantize_weight(normal((256, 256), 1), (0, 1))
-    with pytest.raises(UserError, match="pallas_tpu multiplies bfloat16 or float32 by Fp8Weights, not float32 by"):
-        linear(x, normal((256, 256)), "TD,DF->TF", implementation="pallas_tpu")
-    with pytest.raises(UserError, match="float16 by Fp8Weight"):
+    with pytest.raises(UserError, match="linear: pallas_tpu multiplies bfloat16 or float32 by weights in FP8, not float16"):
         linear(x.astype(jnp.float16), w, "TD,DF->TF", implementation="pallas_tpu")
     with pytest.raises(UserError, match="needs scales for blocks of 128 along the last summed axis"):
         linear(x, Fp8Weight(w.values, jnp.ones((2, 256))), "TD,DF->TF", implementation="pallas_tpu")
+    with pytest.raises(UserError, match="one device's shard"):
+        linear(x, Fp8Operand(normal((256, 256)), (("F", 2),)), "TD,DF->TF", implementation="pallas_tpu")
     with pytest.raises(UserError, match="last of x and first of w"):
         linear(x, w, "TD,FD->TF", implementation="pallas_tpu")
     with pytest.raises(UserError, match="grouped_linear: pallas_tpu multiplies"):
@@ -174,6 +201,7 @@ def test_choice_of_forms():
 
     def chosen(preset, **changes):
         forms = resolve_forms(mesh_of("tpu"), ModelConfig.preset(preset).replace(**changes))
+        assert forms.linear == "pallas_tpu"  # of weights trained in FP8, which are filled up
         return forms.fp8_linear, forms.fp8_grouped_linear
 
     assert chosen("35b-a3b", fp8_weights=True) == chosen("0.8b", fp8_weights=True) == ("pallas_tpu", "pallas_tpu")

@@ -147,10 +147,11 @@ def mesh_of(platform, capability="8.0"):
 
 def test_choice_of_forms():
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
-    linear = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "causal_conv1d"), "pallas_tpu")
+    linear = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "causal_conv1d", "linear"), "pallas_tpu")
     chosen = Forms(**linear, attention="pallas_tpu")
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
-    assert resolve_forms(mesh_of("tpu"), large, "xla") == resolve_forms(mesh_of("tpu"), tiny) == Forms()
+    assert resolve_forms(mesh_of("tpu"), large, "xla") == Forms()
+    assert resolve_forms(mesh_of("tpu"), tiny) == Forms(linear="pallas_tpu")
     in_float32 = resolve_forms(mesh_of("tpu"), large.replace(dtype="float32"))
     assert in_float32 == Forms(**linear)
     cut = resolve_forms(mesh_of("tpu"), large, context_parallel=True)  # the splash kernel takes no keys that come by

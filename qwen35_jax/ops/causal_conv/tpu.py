@@ -1,4 +1,4 @@
-"""The causal convolution for TPU: one pass over memory each way, where XLA makes several (docs/kernels).
+"""The causal convolution for TPU: one pass over memory each way, where XLA makes several (docs/kernels/causal_conv_tpu.md).
 
 Channels lie on lanes and tokens on sublanes, [B, T, C]; a grid step is a block of tokens of some channels, with the few tokens
 before it (and, for the gradient, after it) as blocks of their own, so that nothing is carried from step to step. Which

@@ -1,7 +1,7 @@
 """What the TPU kernels of FP8 products share: weights as matrices of whole blocks, tiles, and the two ways to multiply a tile.
 
 `promote` multiplies 128 terms at a time and scales the float32 result: exact, and all that FP8 activations allow. `dequantize`
-writes a tile of the weight out in the dtype of x, for many rows to use. docs/kernels.md says when each is faster.
+writes a tile of the weight out in the dtype of x, for many rows to use. docs/kernels/fp8_tpu.md says when each is faster.
 """
 
 from __future__ import annotations
@@ -76,9 +76,13 @@ def rows_of(x: jax.Array, count: int) -> jax.Array:
 
 
 def row_scales(x: Fp8Activation, count: int, tile: Tile) -> jax.Array:
-    """The scales of x as [steps, 8, rows] float32: rows along lanes, since columns so narrow would fill whole registers."""
-    scales = x.scales.reshape(math.prod(x.scales.shape[: x.scales.ndim - count]), tile.steps, tile.blocks)
-    return jnp.pad(scales.transpose(1, 2, 0), ((0, 0), (0, SUBLANES - tile.blocks), (0, 0)))
+    """`scale_rows` of the scales of x."""
+    return scale_rows(x.scales.reshape(math.prod(x.scales.shape[: x.scales.ndim - count]), -1).T, tile)
+
+
+def scale_rows(scales: jax.Array, tile: Tile) -> jax.Array:
+    """[terms / 128, n] -> [steps, 8, n]: n along lanes, since columns so narrow would fill whole registers."""
+    return jnp.pad(scales.reshape(tile.steps, tile.blocks, -1), ((0, 0), (0, SUBLANES - tile.blocks), (0, 0)))
 
 
 def block(i: int) -> slice:
@@ -98,7 +102,8 @@ def dot(x: jax.Array, w: jax.Array) -> jax.Array:
 
 
 def promote(tile: Tile, x_ref, row_scales_ref, w_ref, scale, total_ref) -> None:
-    """total += x times w: float32 sums of 128 products, times the scales of their rows and of their block, scale(a, b)."""
+    """total += x times w: float32 sums of 128 products, times the scales of their rows and of their block, scale(a, b): a
+    number, or one a column, [1, 128]."""
     columns = None if row_scales_ref is None else row_scales_ref[...].T  # [rows, 8]
     for a in range(tile.blocks):
         part = multiply(x_ref[:, block(a)], w_ref[block(a), :])

@@ -1,5 +1,5 @@
 """The gated delta rule for Hopper: shapes, launches and gradient around the kernels of `gpu_chunks.py`, `gpu_states.py` and
-`gpu_gradients.py`. `docs/kernels.md` explains the tiling.
+`gpu_gradients.py`. `docs/kernels/gated_delta_hopper.md` explains the tiling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The gated delta rule for TPU: shapes, blocks and gradient around the kernels of `tpu_kernels.py` and `tpu_backward.py`.
 
 q, k and v are read as [B, T, heads * width], so that a head is a whole number of registers wide and a chunk of it needs
-no transposition; g and beta as [B, N, T], one row a head. `docs/kernels.md` explains the tiling.
+no transposition; g and beta as [B, N, T], one row a head. `docs/kernels/gated_delta_tpu.md` explains the tiling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`grouped_linear` with weights in FP8 for TPU: a row tile is visited once for each group that has rows in it.
 
 Grid (column tile, visit, step of the sum); which tile and which group a visit is for is worked out ahead and prefetched. Groups
-without rows are not visited: their weights are not read. `docs/kernels.md` explains the tiling.
+without rows are not visited: their weights are not read. `docs/kernels/fp8_tpu.md` explains the tiling.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rows, sorted by group, times the weight of their group, for Hopper: one kernel for bfloat16 and for both uses of FP8.
 
 A persistent kernel of three warpgroups: one copies tiles of both operands into a ring of buffers (TMA), two multiply
-(`wgmma`). See docs/kernels.md.
+(`wgmma`). See docs/kernels/hopper_products.md.
 """
 
 from __future__ import annotations

@@ -37,8 +37,9 @@ def linear(
     of the summed axis, w with one per 128x128; x is saved in 8 bits. The summed axes must be the last of x and the first
     of w; blocks run over them flattened. An `Fp8Activation` (`share_activation`) is x quantised once for several weights.
 
-    "pallas_tpu" takes `Fp8Weight`s alone, whose scales are for blocks of 128 along the last summed axis and the last of the
-    result, and summed axes as above; one shard. Where few rows are multiplied the weight is not even rounded to the dtype of x.
+    The kernels are for weights in FP8 on one shard (an `Fp8Operand` without cuts); products with arrays are XLA's in every form.
+    In "pallas_tpu" the scales of an `Fp8Weight` are for blocks of 128 along the last summed axis and the last of the result,
+    and summed axes are as above. Where few rows are multiplied the weight is not even rounded to the dtype of x.
 
     With an array an `Fp8Activation` counts as the x that it was made of.
     """
