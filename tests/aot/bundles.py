@@ -43,6 +43,18 @@ def bundles_of(dump: Path, kernel: str) -> int | None:
     return int(found[-1].group(1)) if found else None
 
 
+def estimated_cycles(text: str) -> int:
+    """Cycles of optimised HLO for TPU as the compiler estimates them, without kernels; a loop's body as often as it runs."""
+    trips = {m[1]: int(m[2]) for m in re.finditer(r'body=%?([\w.\-]+).*known_trip_count":\{"n":"(\d+)"', text)}
+    total, times = 0, 1
+    for line in text.splitlines():
+        if line.endswith("{") and (name := re.match(r"(?:ENTRY )?%?([\w.\-]+) ", line)):
+            times = trips.get(name[1], 1)
+        if found := re.search(r'estimated_cycles":"(\d+)"', line):
+            total += times * int(found[1])
+    return total
+
+
 def compile_elsewhere(module: str, *arguments: str, kernels: tuple[str, ...]) -> tuple[object, dict[str, int]]:
     """`python -m module arguments` in a process of its own: the JSON that it prints last, and the bundles of each kernel."""
     with tempfile.TemporaryDirectory() as dump:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import re
 import sys
 
 import jax
@@ -23,7 +22,6 @@ from tests.aot import bundles
 
 TIME = 8192
 KERNELS = ("causal_conv", "transpose_jvp_causal_conv_gradient")
-_CYCLES = re.compile(r'estimated_cycles":"(\d+)"')
 
 # Bundles per value head and 64 tokens of q, k and v together, forward and backward, a twentieth above what was measured.
 CEILINGS = {("tpu7x", "35b-a3b"): (122, 324)}
@@ -36,8 +34,8 @@ def channels(config: ModelConfig) -> dict[str, int]:
 
 
 def compile_passes(target: str, preset: str, implementation: str = "pallas_tpu") -> dict:
-    """Both passes of the convolutions of q, k and v on one device: bytes moved and of temporaries, and by the compiler's estimate
-    the cycles of what is no kernel, per value head and 64 tokens."""
+    """Both passes of the convolutions of q, k and v on one device: MB of temporaries, and by the compiler's estimate the cycles
+    of what is no kernel, per value head and 64 tokens."""
     config = ModelConfig.preset(preset)
     heads, taps = config.linear_num_value_heads, config.linear_conv_kernel_dim
     mesh, array = bundles.one_device(target)
@@ -55,10 +53,9 @@ def compile_passes(target: str, preset: str, implementation: str = "pallas_tpu")
     ids, found = array(1, TIME, dtype=jnp.int32), {}
     for name, function, arguments in (("forward", forward, (x, w, ids)), ("backward", backward, (x, w, ids, list(x.values())))):
         compiled = bundles.compile_on(mesh, function, arguments)
-        cycles = sum(map(int, _CYCLES.findall(compiled.as_text())))
+        cycles = bundles.estimated_cycles(compiled.as_text())
         found[name] = {
             "cycles": round(cycles / (heads * TIME / 64)),
-            "megabytes": round(compiled.cost_analysis()["bytes accessed"] / 1e6),
             "temporary": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
         }
     return found

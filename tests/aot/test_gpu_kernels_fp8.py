@@ -30,6 +30,7 @@ from tests.aot.sass import dump_settings, has_disassembler, read_assembly
 TOKENS, FEW = 8192, 8
 FP8 = {"fp8_rows", "fp8_gradients"}  # on FP8 tensor cores; all others on those for bfloat16
 OPENED = {"dequantized_rows", "upcast_rows"}
+MOST_REGISTERS = 168  # a thread: three warpgroups fill a multiprocessor's 65,536
 KERNELS = {"dense": FP8 | OPENED, "experts": FP8 | OPENED | {"rows", "gradients"}}
 DEFAULT = [("h200", "35b-a3b")]
 SLOW = [("h100", "35b-a3b"), ("h100", "0.8b"), ("h200", "0.8b"), ("h100", "397b-a17b"), ("h200", "397b-a17b")]
@@ -115,7 +116,7 @@ def test_products_for_hopper(target, preset):
     assert set(kernels) == KERNELS["experts" if ModelConfig.preset(preset).num_experts else "dense"]
     for name, found in kernels.items():
         for kernel in found:
-            assert kernel.spilled == 0 and not kernel.warnings, (name, kernel)
+            assert kernel.spilled == 0 and kernel.registers <= MOST_REGISTERS and not kernel.warnings, (name, kernel)
             assert (kernel.instructions.get("QGMMA", 0) > 0) == (name in FP8), (name, kernel)
             assert (kernel.instructions.get("HGMMA", 0) > 0) == (name not in FP8), (name, kernel)
 
