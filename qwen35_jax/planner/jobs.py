@@ -51,6 +51,9 @@ class Job:
         for name in ("batch", "context", "chunk"):
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 to {LARGEST}")
+
+    def check_context(self) -> None:
+        """UserError where the model was not made for so many tokens."""
         longest = self.config.max_position_embeddings
         if self.context > longest:
             raise UserError(f"--context {self.context}: {self.model} takes at most {longest} tokens (max_position_embeddings)")

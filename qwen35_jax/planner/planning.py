@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from qwen35_jax.errors import UserError
 from qwen35_jax.planner.compiled import FULL, Compiled, compile_job
 from qwen35_jax.planner.jobs import Job
-from qwen35_jax.planner.search import Candidate, check_size, estimate, rank
+from qwen35_jax.planner.search import Candidate, candidates, check_size, estimate, rank
 from qwen35_jax.planner.topologies import MAX_DEVICES, Topology
 
 DOUBLINGS = 7  # of chips, that are tried before the planner says that more of them do not help
@@ -52,13 +51,14 @@ def fits(steps: list[Compiled], topology: Topology) -> bool:
 
 def make_plan(job: Job, topology: Topology, mesh: str | None = None, count: int = 1) -> Plan:
     """Ranks the meshes (or takes `mesh`) and compiles the first `count`. UserError for what cannot be."""
+    job.check_context()
     if mesh is None:
-        candidates = rank(job, topology)
+        ranked = rank(job, topology)
     else:
         check_size(mesh, topology)
-        candidates = [estimate(job, mesh, topology)]
-    compiled = {c.mesh: compile_job(job, c.mesh, topology) for c in candidates[:count]}
-    plan = Plan(job, topology, candidates, compiled, [])
+        ranked = [estimate(job, mesh, topology)]
+    compiled = {c.mesh: compile_job(job, c.mesh, topology) for c in ranked[:count]}
+    plan = Plan(job, topology, ranked, compiled, [])
     return plan if plan.fits else dataclasses.replace(plan, advice=list(_advice(job, topology)))
 
 
@@ -82,10 +82,7 @@ def _advice(job: Job, topology: Topology) -> Iterator[str]:
 
 
 def _holds(job: Job, topology: Topology) -> bool:
-    try:
-        return rank(job, topology)[0].fits
-    except UserError:
-        return False
+    return any(c.fits for c in candidates(job, topology))
 
 
 def _doubled(topology: Topology) -> Topology:

@@ -3,8 +3,10 @@ arrays alone."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.planner.compiled import FULL
@@ -53,17 +55,27 @@ def check_size(mesh: str, topology: Topology) -> None:
         raise UserError(f"--mesh {mesh} has {count} devices, but {topology} has {topology.size}{chips}")
 
 
+def candidates(job: Job, topology: Topology) -> Iterator[Candidate]:
+    """All meshes of the devices that can be, in no order."""
+    for mesh in meshes(topology.size):
+        with contextlib.suppress(UserError):
+            yield estimate(job, mesh, topology)
+
+
 def rank(job: Job, topology: Topology) -> list[Candidate]:
     """What fits first, by its bound on the time; then what does not, by its bytes. UserError where no mesh can be."""
-    found, problem = [], None
-    for mesh in meshes(topology.size):
-        try:
-            found.append(estimate(job, mesh, topology))
-        except UserError as error:
-            problem = problem or error
+    found = list(candidates(job, topology))
     if not found:
-        raise UserError(f"no mesh of the {topology.size} devices of {topology} can be: for one, {problem}")
+        raise UserError(f"no mesh of the {topology.size} devices of {topology} can be: {_problem(job, topology)}")
     return sorted(found, key=lambda c: (not c.fits, c.seconds if c.fits else 0.0, c.total))
+
+
+def _problem(job: Job, topology: Topology) -> str:
+    try:
+        estimate(job, f"{topology.size}x1", topology)
+    except UserError as error:
+        return str(error)
+    return "none was tried"
 
 
 def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:

@@ -1,0 +1,209 @@
+"""The planner's arithmetic without a compiler: topologies, meshes, bytes and rooflines against what is known of the models."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen35_jax.config import ModelConfig
+from qwen35_jax.errors import UserError
+from qwen35_jax.generate import SamplingParams, load
+from qwen35_jax.generate.generation import Generation, Request
+from qwen35_jax.model import parameter_counts
+from qwen35_jax.ops.forms import KERNEL_CHOICES
+from qwen35_jax.planner import links
+from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
+from qwen35_jax.planner.planning import make_plan
+from qwen35_jax.planner.roofline import make_roofline
+from qwen35_jax.planner.search import estimate, meshes, rank
+from qwen35_jax.planner.topologies import CHIPS, GIB, parse_topology, stand_ins
+from qwen35_jax.sharding import make_mesh, parse_mesh
+
+PODS = {"v5p:4x4x4": 64, "v6e:8x8": 64, "tpu7x:2x2x4": 32, "h100:8": 8, "h200:8": 8, "h100:2x8": 16, "v5e:16x16": 256}
+
+
+def placed(job: Job, mesh: str, topology: str) -> Placed:
+    return Placed.on(job, make_mesh(mesh, stand_ins(parse_topology(topology))))
+
+
+def test_the_table_of_capacities():
+    found = {kind: chip.hbm for kind, chip in CHIPS.items()}
+    assert found == {
+        "v5e": 16 * GIB, "v5p": 95 * GIB, "v6e": 32 * GIB, "tpu7x": 96 * GIB, "h100": 80 * 10**9, "h200": 141 * 10**9,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "devices"), PODS.items())
+def test_topologies_have_their_devices(text, devices):
+    topology = parse_topology(text)
+    assert (str(topology), topology.size) == (text, devices)
+    ours = stand_ins(topology)
+    assert len({(d.coords, d.core_on_chip) for d in ours}) == devices == len({d.id for d in ours})
+
+
+@given(st.text(max_size=12) | st.from_regex(r"(v5p|v5e|h100|tpu7x):[0-9x]{0,9}", fullmatch=True))
+def test_a_topology_is_one_or_a_message(text):
+    try:
+        topology = parse_topology(text)
+    except UserError as error:
+        assert repr(text) in str(error) and "\n" not in str(error).replace(repr(text), "")
+    else:
+        assert parse_topology(str(topology)) == topology and topology.chips == math.prod(topology.shape) > 0
+
+
+@given(st.integers(1, 600))
+def test_meshes_of_a_number_of_devices(count):
+    found = meshes(count)
+    shapes = {parse_mesh(mesh) for mesh in found}
+    assert len(shapes) == len(found) and all(math.prod(shape) == count for shape in shapes)
+    assert (1, count, 1) in shapes and (1, 1, count) in shapes and (count, 1, 1) in shapes
+
+
+JOBS = st.builds(
+    Job,
+    model=st.sampled_from(["0.8b", "9b", "35b-a3b", "397b-a17b"]),
+    workload=st.sampled_from(["decode", "prefill", "sample", "train"]),
+    weights=st.sampled_from(["bf16", "fp8"]),
+    batch=st.sampled_from([1, 3, 16, 64]),
+    context=st.sampled_from([1, 100, 4096, 32768]),
+    chunk=st.sampled_from([512, 2048]),
+    kernels=st.sampled_from(KERNEL_CHOICES[:2]),
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(JOBS, st.sampled_from(["v5e:2x4", "tpu7x:2x2x1", "h100:8", "h100:2x8"]))
+def test_the_order_of_meshes(job, text):
+    """Each is a mesh of all devices; what fits comes first and by its time; all devices together hold all weights and state."""
+    topology = parse_topology(text)
+    try:
+        found = rank(job, topology)
+    except UserError as error:
+        assert "no mesh" in str(error)
+        return
+    assert all(math.prod(parse_mesh(c.mesh)) == topology.size for c in found)
+    assert [c.fits for c in found] == sorted((c.fits for c in found), reverse=True)
+    times = [c.seconds for c in found if c.fits]
+    assert times == sorted(times)
+    alone = Placed.on(job, make_mesh("1x1", stand_ins(parse_topology("h100:1"))))
+    for c in found:
+        assert c.weights * topology.size >= shard_bytes(alone.weights) * 0.999
+        assert all(r.operations > 0 and 0 < r.seconds < 1e5 for r in c.rooflines.values())
+
+
+def test_bytes_that_a_token_of_one_stream_moves():
+    """On one device, in bfloat16: the active parameters without the embedding, of which it reads a row, and of the router and
+    the experts; the cache of 15 attention layers with 2 heads of 256; 45 states of 64 x 128 x 128 float32, read and written."""
+    job = Job("397b-a17b", "decode", batch=1, context=32768)
+    memory = make_roofline(placed(job, "1x1", "h100:1"), "decode", parse_topology("h100:1")).memory
+    counts = parameter_counts(job.config)
+    embedding = job.config.vocab_size * job.config.hidden_size
+    assert memory["dense weights"] + memory["experts"] == pytest.approx(2 * (counts["active"] - embedding), rel=1e-3)
+    assert memory["experts"] == pytest.approx(60 * 10 * 3 * 4096 * 1024 * 2, rel=1e-6)
+    assert memory["keys and values"] == 15 * 2 * 256 * 2 * 2 * 32768
+    recurrent, windows = 45 * 64 * 128 * 128 * 4, 45 * 3 * (16 + 16 + 64) * 128 * 2
+    assert memory["recurrent state"] == pytest.approx(2 * (recurrent + windows), rel=1e-6)
+
+
+def test_fp8_halves_the_experts_and_many_tokens_reach_all():
+    def memory(**changes):
+        job = Job("397b-a17b", "decode", context=4096).replace(**changes)
+        return make_roofline(placed(job, "8x1", "h100:8"), "decode", parse_topology("h100:8")).memory
+
+    one, many = memory(weights="bf16", batch=8), memory(weights="fp8", batch=1024)
+    assert memory(weights="fp8", batch=8)["experts"] == pytest.approx(one["experts"] / 2, rel=1e-3)  # and a scale a block
+    stored = 60 * 512 * 3 * 4096 * 1024 / 8
+    assert many["experts"] == pytest.approx(stored, rel=1e-3)
+    assert one["experts"] == pytest.approx(2 * stored * (1 - (1 - 10 / 512) ** 8), rel=1e-3)
+
+
+def test_operations_of_prefill_and_training():
+    """Two for each active parameter and token, beside which a short context's attention is small; of training four times as
+    many (forward, again, twice backward), and the head and the layer for multi-token prediction with them."""
+    job = Job("9b", "prefill", batch=1, context=512, chunk=512)
+    topology, counts = parse_topology("h100:1"), parameter_counts(job.config)
+    ends = job.config.vocab_size * job.config.hidden_size
+    prefill = make_roofline(placed(job, "1x1", "h100:1"), "prefill", topology)
+    assert prefill.operations == pytest.approx(2 * (counts["active"] - 2 * ends) * 512, rel=0.03)
+    train = make_roofline(placed(job.replace(workload="train"), "1x1", "h100:1"), "train", topology)
+    assert train.operations == pytest.approx(8 * (counts["active"] + counts["mtp"]) * 512, rel=0.03)
+    assert train.compute_seconds == pytest.approx(train.operations / 989.4e12)
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "axes", "rate"),
+    [
+        ("v5p:4x4x4", "64x1", ("data",), 600e9),  # three rings, two links each
+        ("v5p:4x4x4", "16x4", ("model",), 200e9),
+        ("v5p:2x2x2", "8x1", ("data",), 300e9),  # no rings below a cube: one link each
+        ("v5e:2x4", "8x1", ("data",), 100e9),
+        ("v5e:16x16", "256x1", ("data",), 200e9),
+        ("v6e:8x8", "8x8", ("model",), 100e9),
+        ("tpu7x:2x2x1", "4x2", ("model",), 600e9),  # the two halves of a chip
+        ("h100:8", "2x4", ("model",), 450e9),
+        ("h100:2x8", "2x8", ("model",), 450e9),
+        ("h100:2x8", "2x8", ("data",), 50e9),  # pairs of two nodes, each with its own network card
+        ("h100:2x8", "16x1", ("data",), 450e9),  # 15/16 of an array a device, 1/2 of it through 8 cards of a node
+    ],
+)
+def test_how_fast_the_devices_of_an_axis_talk(topology, mesh, axes, rate):
+    topology = parse_topology(topology)
+    assert links.bandwidth(make_mesh(mesh, stand_ins(topology)), topology, axes) == pytest.approx(rate, rel=1e-6)
+
+
+def test_times_of_collectives():
+    assert links.seconds("all-gather", 8e9, 8, 1e9) == pytest.approx(7)
+    assert links.seconds("all-reduce", 8e9, 8, 1e9) == pytest.approx(14)
+    assert links.seconds("collective-permute", 8e9, 0, 1e9) == pytest.approx(8)
+
+
+def test_weights_and_state_are_what_sample_reports():
+    """Within 1 %, of the stats of a run on eight virtual devices: tiny, its batch of 3 filled up to 4 rows."""
+    lm = load("tiny", "4x2")
+    lm.generate([[1] * 40] * 3, max_new_tokens=2, temperature=0.0)
+    _compare(lm.stats()["weight_bytes_per_device"], lm.stats()["state_bytes_per_device"], "4x2", "bf16")
+
+
+@pytest.mark.parametrize(("mesh", "weights"), [("8x1", "bf16"), ("2x4", "bf16"), ("2x2x2", "bf16"), ("4x2", "fp8")])
+def test_weights_and_state_are_what_sample_would_report(mesh, weights):
+    """The same of the arrays that are loaded, and of the shapes of the state that a batch would have."""
+    lm = load("tiny", mesh, random_weights=True, keep_fp8=weights == "fp8")
+    request = Request([1] * 40, 2, SamplingParams(temperature=0.0))
+    shapes = Generation(lm.programs, [request] * 3, 2048).session_shapes()
+    _compare(lm.stats()["weight_bytes_per_device"], shard_bytes(shapes["state"]), mesh, weights)
+
+
+def _compare(weight_bytes: int, state_bytes: int, mesh: str, weights: str):
+    job = Job("tiny", "sample", weights, batch=3, context=42)
+    ours = Placed.on(job, make_mesh(mesh, jax.devices()))
+    assert shard_bytes(ours.weights) == pytest.approx(weight_bytes, rel=0.01)
+    assert shard_bytes(ours.state) == pytest.approx(state_bytes, rel=0.01)
+
+
+def test_what_does_not_fit_says_what_would():
+    """397B in bfloat16 has 794 GB and eight H100 640: FP8 or a second node. Each piece of advice holds when it is taken."""
+    job, topology = Job("397b-a17b", "decode", batch=64, context=32768), parse_topology("h100:8")
+    plan = make_plan(job, topology, count=0)
+    assert not plan.fits and plan.advice == ["--weights fp8", "--topology h100:2x8"]
+    assert make_plan(job.replace(weights="fp8"), topology, count=0).fits
+    assert make_plan(job, parse_topology("h100:2x8"), count=0).fits
+    crowded = job.replace(weights="fp8", batch=1024)
+    advice = make_plan(crowded, topology, count=0).advice
+    batch = next(int(text.split()[1]) for text in advice if text.startswith("--batch"))
+    assert make_plan(crowded.replace(batch=batch), topology, count=0).fits
+    assert not make_plan(crowded.replace(batch=2 * batch), topology, count=0).fits
+
+
+def test_training_is_spread_over_replicas_where_its_group_would_not_fit():
+    """One sequence of 8,192 tokens a chip: with experts over all 512 chips each would gather all 4 million tokens."""
+    job, topology = Job("397b-a17b", "train", batch=512, context=8192), parse_topology("v5p:8x8x8")
+    assert not estimate(job, "512x1", topology).fits
+    best = rank(job, topology)[0]
+    assert best.fits and parse_mesh(best.mesh)[0] > 1
+    counts = parameter_counts(ModelConfig.preset("397b-a17b"))
+    masters_and_moments = 12 * (counts["text"] + counts["mtp"])
+    assert best.weights + best.state == pytest.approx(masters_and_moments / 512, rel=0.01)
