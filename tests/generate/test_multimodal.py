@@ -25,8 +25,9 @@ def seeing(tmp_path_factory) -> qwen35_jax.LanguageModel:
 
 
 @pytest.fixture(scope="module")
-def blind() -> qwen35_jax.LanguageModel:
-    return qwen35_jax.load("tiny")
+def blind(tmp_path_factory) -> qwen35_jax.LanguageModel:
+    directory = tmp_path_factory.mktemp("blind") / "model"
+    return qwen35_jax.load(write_checkpoint(directory, layers=2, vision=False), dtype="float32")
 
 
 def user(*parts) -> list[dict]:

@@ -216,7 +216,7 @@ WRONG = [
     ({"data__patch_rows": 6, "mesh": "4x1"}, "data.patch_rows .6. must be a multiple of 4"),
     ({"data__patch_rows": 8, "mesh": "2x1", "accumulate": 8, "data__batch_size": 16}, "must be a multiple of 16"),
     ({"data__patch_rows": 3, "accumulate": 2}, "data.patch_rows .3. must be a multiple of accumulate"),
-    ({"model__source": "tiny"}, "the model has no vision tower for pictures"),
+    ({"model__source": "TEXT"}, "the model has no vision tower for pictures"),
     ({"model__vision": TOWER}, "the checkpoint has one: leave it empty"),
     ({"model__source": "TEXT", "model__vision": TOWER | {"out_hidden_size": 64}}, "must be the model's width, 48"),
     ({"model__source": "TEXT", "model__vision": {"depth": 2}}, "config.model.vision.hidden_size: give exactly|in_channels: give"),
