@@ -49,7 +49,8 @@ def test_gates(gate):
 def test_repeated_keys(noise):
     """Identical and nearly identical keys: an inverse in bfloat16 that is not refined is off by 1e-2 here.
 
-    The gradient of g is summed from dv as it is written, in bfloat16 (6.3e-3 was seen); on TPU from float32.
+    There most of g's gradient is S * dS at the chunks' ends, a small sum of large terms, and both are kept in bfloat16 (6.3e-3
+    was seen); on TPU dS is float32.
     """
     check(make(gate=-1e-3, repeated=noise), limits={"bfloat16": REPEATED["bfloat16"] | {"g": 8e-3}})
 
