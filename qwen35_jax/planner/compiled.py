@@ -14,6 +14,9 @@ from qwen35_jax.planner.roofline import Roofline, Transfer, make_roofline
 from qwen35_jax.planner.topologies import Topology, topology_devices
 from qwen35_jax.sharding import make_mesh
 
+# A training step is a large program: optimised as for a run it takes the TPU compiler minutes of two cores, without a quarter of
+# that. Its buffers come out a little larger (docs/lab_notes.md).
+QUICK = {"exec_time_optimization_effort": -1.0}
 FULL = 0.95  # a device is full at this part of its memory: runtime, buffers of collectives and fragments take the rest
 
 
@@ -71,7 +74,7 @@ def _compile(placed: Placed, step: Step, topology: Topology) -> Compiled:
     mesh, begin = placed.sharding.mesh, time.perf_counter()
     lowered = step.program.lower()
     lowering = time.perf_counter() - begin
-    compiled = lowered.compile()
+    compiled = lowered.compile(QUICK if step.name == "train" and topology.platform == "tpu" else None)
     compiling = time.perf_counter() - begin - lowering
     found = count_collectives(compiled.as_text())
     transfers = [Transfer(c.kind, c.bytes, links.axes_of(mesh, topology, c.group), c.count) for c in found]

@@ -36,6 +36,8 @@ def lines(plan: Plan) -> Iterator[str]:
     yield _verdict(plan)
     yield "Assumed:"
     yield from (f"  - {text}" for text in ASSUMPTIONS)
+    if job.training and topology.platform == "tpu":
+        yield "  - compiled with the least effort on speed (exec_time_optimization_effort -1): a run's buffers are not the same"
     if topology.platform == "cuda":
         yield "  - JAX is given the whole memory (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95); on its own it takes 75 % of a GPU's"
 

@@ -1,0 +1,80 @@
+"""The plan command as a stranger types it, without a compiler: estimates, JSON, and one line for every wrong input."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from qwen35_jax.planner.topologies import COMPILERS
+from tests.forked import run_all
+
+ROOT = Path(__file__).parents[2]
+BIG = ["--model", "397b-a17b", "--weights", "fp8", "--batch", "64", "--context", "32768", "--compile", "0"]
+GOOD = {
+    "text": [*BIG, "--topology", "v5p:4x4x4"],
+    "json": [*BIG, "--topology", "h100:8", "--mesh", "4x2", "--workload", "sample", "--batch", "8", "--json"],
+    "crowded": ["--model", "397b-a17b", "--topology", "h100:8", "--compile", "0"],
+}
+WRONG = [
+    ([], "--model and --topology are needed"),
+    (["--model", "500b", "--topology", "h100:8"], "500b"),
+    (["--model", "9b", "--topology", "h100"], "topology 'h100' is none"),
+    (["--model", "9b", "--topology", "v5p:4x4"], "v5p:4x4x4"),
+    (["--model", "9b", "--topology", "h100:16"], "1 to 8 GPUs of a node"),
+    (["--model", "9b", "--topology", "tpu7x:2x2x4", "--mesh", "4x4"], "--mesh 4x4 has 16 devices, but tpu7x:2x2x4 has 32"),
+    (["--model", "9b", "--topology", "h100:8", "--mesh", "eight"], "mesh 'eight' is not a mesh"),
+    (["--model", "27b", "--topology", "v5e:16x16", "--mesh", "1x256"], "does not fit this model"),
+    (["--model", "9b", "--topology", "h100:8", "--batch", "0"], "--batch is 0"),
+    (["--model", "9b", "--topology", "h100:8", "--context", "262145"], "at most 262144 tokens"),
+    (["--model", "9b", "--topology", "h100:8", "--workload", "train", "--mesh", "8x1", "--batch", "12"], "--batch 12"),
+    (["--model", "9b", "--topology", "h100:8", "--workload", "serve"], "workload"),
+    (["--model", "9b", "--topology", "h100:8", "--compile", "-1"], "compile"),
+    (["--all", "--model", "9b"], "leave --model out"),
+    (["--all", "--json"], "leave --json out"),
+    (["more"], "unexpected argument 'more'"),
+]
+
+
+@pytest.fixture(scope="module")
+def done() -> list:
+    """All commands, run from one process that has imported JAX once."""
+    return run_all("qwen35_jax.plan", [*GOOD.values(), *(arguments for arguments, _ in WRONG)], ROOT)
+
+
+def test_estimates_as_text(done):
+    text = done[0].stdout
+    assert done[0].returncode == 0 and "Fits (estimated)." in text, done[0].stderr
+    first = next(line for line in text.splitlines() if line.startswith("  16x4"))
+    assert "8.83 GiB" in first and "memory" in first and not done[0].stderr
+
+
+def test_estimates_as_json(done):
+    plan = json.loads(done[1].stdout)
+    (candidate,) = plan["candidates"]
+    assert (plan["devices"], plan["capacity"], plan["fits"], plan["compiled"]) == (8, 80 * 10**9, True, {})
+    assert candidate["mesh"] == "4x2" and set(candidate["rooflines"]) == {"prefill", "decode"}
+    decode = candidate["rooflines"]["decode"]
+    assert decode["tokens_per_second"] == pytest.approx(8 / decode["seconds"])
+    assert decode["seconds"] == max(decode[f"{part}_seconds"] for part in ("compute", "memory", "interconnect"))
+
+
+def test_what_does_not_fit_is_said_with_what_would(done):
+    assert "Does not fit" in done[2].stdout and "--weights fp8, or --topology h100:2x8" in done[2].stdout
+
+
+@pytest.mark.parametrize("i", range(len(WRONG)), ids=[" ".join(a) or "nothing" for a, _ in WRONG])
+def test_wrong_input_is_one_line_and_a_status(done, i):
+    result, (_, message) = done[len(GOOD) + i], WRONG[i]
+    lines = result.stderr.splitlines()
+    assert result.returncode == 1 and len(lines) == 1 and lines[0].startswith("error: "), result.stderr
+    assert message in lines[0]
+
+
+def test_an_absent_compiler_is_named_with_what_installs_it():
+    if importlib.util.find_spec(COMPILERS["tpu"]):
+        pytest.skip("libtpu is installed here")
+    (result,) = run_all("qwen35_jax.plan", [["--model", "0.8b", "--topology", "v5e:2x4"]], ROOT)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1 and ".[aot]" in result.stderr
