@@ -37,7 +37,8 @@ def route(logits: jax.Array, k: int, alive: jax.Array) -> tuple[Routing, RouterL
     weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     alive = alive[..., None]
     chosen = jnp.where(alive, chosen, experts)
-    assigned = jnp.zeros(experts + 1, jnp.float32).at[chosen.reshape(-1)].add(1.0)[None, :experts]
+    # Not by a scatter: on TPU that sorts all choices first, in a program that alone takes seconds to compile.
+    assigned = jnp.sum(chosen[..., None, :] == jnp.arange(experts)[:, None], axis=(0, 1, 3), dtype=jnp.float32)[None]
     load = RouterLoad(assigned, jnp.sum(jnp.where(alive, probability, 0.0), axis=(0, 1))[None])
     return Routing(chosen, jnp.where(alive, weights, 0.0)), load
 
