@@ -22,15 +22,13 @@ import jax
 from absl import flags
 from jax._src.clusters import cloud_tpu_cluster, cluster
 
-from qwen35_jax import hosts, sample
+from qwen35_jax import hosts
 from qwen35_jax.checkpoint import load_params, open_source
 from qwen35_jax.compat import coordinator_host
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model import Model
 from qwen35_jax.sharding import Sharding, make_mesh
 from tests.forked import FAST, ROOT
-
-assert sample  # which has the flags of the commands
 
 
 def join_all(runs: list[list[dict]]) -> tuple[list[list], str]:
@@ -83,7 +81,7 @@ def _host(told: dict) -> object:
     if told.get("deaf"):
         socket.create_connection = _refused
     flags.FLAGS(["test", *told["flags"]])
-    with hosts.joined(sample.MESH.value):
+    with hosts.joined(flags.FLAGS["mesh"].value):
         found = globals()[told["call"]](*told.get("arguments", []))
     jax.distributed.shutdown()
     return found
@@ -121,4 +119,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    import qwen35_jax.sample  # noqa: F401  The flags of a command; elsewhere they would collide with those of benchmarks.
+
     main()

@@ -24,8 +24,8 @@ from qwen35_jax.ops.fp8.statistics import COUNT, ratios
 from qwen35_jax.ops.fp8.training import block_dot
 from qwen35_jax.ops.hopper import operands
 from qwen35_jax.ops.linear import gpu
+from qwen35_jax.planner.hlo import collectives
 from qwen35_jax.sharding import Sharding, make_mesh
-from tests.hlo import collectives
 
 SIZES = {"B": 8, "T": 48, "D": 256, "N": 8, "K": 8, "H": 128, "F": 1536}
 SPECS = ["BTD,DKH->BTKH", "BTD,DF->BTF", "BTF,FD->BTD", "BTNH,NHD->BTD"]
