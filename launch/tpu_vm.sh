@@ -40,6 +40,7 @@ done
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts $restarts: give a number"
 [ -f setup.py ] || fail "run this in the checkout of qwen35_jax"
 
+"$python" -c 'import qwen35_jax.sharding' 2>/dev/null || fail "$python has no qwen35_jax: install it (pip install -e .), or name one with --python"
 plan=$("$python" -m launch.job "$slice" "$@") || exit 1
 { read -r hosts && read -r _ && read -r type && read -r runtime && read -r command; } <<<"$plan"
 [ -n "$type" ] || fail "$slice: there are no TPU VMs of it; see launch/gke and launch/slurm.sh"

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from google.cloud import aiplatform
-from google.cloud.aiplatform_v1.types import custom_job
-from xmanager import xm, xm_local
-from xmanager.cloud import vertex
-from xmanager.xm import utils as xm_utils
+
+try:
+    from google.cloud import aiplatform
+    from google.cloud.aiplatform_v1.types import custom_job
+    from xmanager import xm, xm_local
+    from xmanager.cloud import vertex
+    from xmanager.xm import utils as xm_utils
+except ImportError as error:
+    raise SystemExit(f"error: launch.xm needs XManager ({error}): pip install -e '.[launch]' -c launch/constraints.txt") from None
 
 from launch.job import Job, flag, make_job
 from launch.machines import Slice, parse_slice

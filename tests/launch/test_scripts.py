@@ -76,3 +76,20 @@ def test_slurm_requeues_what_failed(fake):
     names = [call.split()[0] for call in calls]
     assert names == ["sbatch", "srun", "scontrol", "srun", "scontrol", "srun"]
     assert calls[2] == "scontrol requeue 5" and calls[1].endswith("-m qwen35_jax.sample --mesh 2x8 --coordinator auto")
+
+
+@pytest.mark.parametrize("words", [TPU, ["launch/slurm.sh", "--slice", "h100:2x8"]])
+def test_a_python_without_the_package(words, tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text("#!/usr/bin/env bash\nexit 1\n")
+    bare.chmod(0o755)
+    words = [words[0], "--python", str(bare), "--dry_run", *words[1:], *SAMPLE]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {bare} has no qwen35_jax: install it"), done.stderr
+
+
+def test_without_xmanager():
+    program = "import sys; sys.modules['xmanager'] = None; import launch.xm"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.startswith("error: launch.xm needs XManager"), done.stderr
+    assert done.stderr.count("\n") == 1
