@@ -82,6 +82,15 @@ class Pass:
         return self.tokens * self.placed.sharding.mesh.shape["data"]
 
     @property
+    def sent_rows(self) -> float:
+        """Rows that a device sends to the experts of its column in a layer, if routing is even; 0 where tokens are gathered."""
+        c, s = self.placed.config, self.placed.sharding
+        if not c.num_experts or self.placed.model.moe_form(self.placed.slots * self.length) == "gather":
+            return 0
+        columns = s.model if "model" in s.expert_axes({"E": c.num_experts})[0] else 1
+        return self.tokens * c.num_experts_per_tok / columns
+
+    @property
     def live(self) -> int:
         """Those of the group that are no filling."""
         return min(self.placed.job.batch * self.length, self.group)
@@ -91,7 +100,7 @@ def make_roofline(placed: Placed, step: str, topology: Topology, transfers: list
     """Of one step of a job (decode: one token of each sequence; prefill: the whole prompts). `transfers`: those of one pass of
     the compiled program, in place of those that the model's form asks for."""
     job, chip, mesh = placed.job, topology.chip, placed.sharding.mesh
-    one = _pass(placed, step)
+    one = one_pass(placed, step)
     operations = _operations(one) * one.count * (4 if step == "train" else 1)
     memory = {name: size for name, size in _memory(one).items() if size}
     rate = chip.fp8 if job.training and job.weights == "fp8" else chip.bf16
@@ -112,7 +121,8 @@ def transfer_seconds(t: Transfer, mesh: Any, topology: Topology) -> float:
     return t.count * links.seconds(t.kind, t.bytes, group, links.bandwidth(mesh, topology, t.axes))
 
 
-def _pass(placed: Placed, step: str) -> Pass:
+def one_pass(placed: Placed, step: str) -> Pass:
+    """What goes through the model together in a step of this name."""
     job = placed.job
     if step == "prefill":
         length = min(job.chunk, job.context)
@@ -219,7 +229,8 @@ def _activations(one: Pass) -> float:
 
 def expected_transfers(one: Pass) -> list[Transfer]:
     """The collectives of one pass that the model's form asks for: a sum over `model` after each mixer and MLP and after the
-    embedding, the experts' tokens over `data` and back; in training also the parameters' gathering and gradients' scattering."""
+    embedding, the experts' tokens (all of the group's, or rows to those who have the experts) over `data` and back; in training
+    also the parameters' gathering and gradients' scattering."""
     c, s, layers = one.placed.config, one.placed.sharding, _layers(one.placed.config, one.step)
     count = layers["attention"] + layers["gated_deltanet"]
     local, group = (n * c.hidden_size * 2 for n in (one.tokens, one.group))
@@ -229,7 +240,12 @@ def expected_transfers(one: Pass) -> list[Transfer]:
         sums = 3 if c.num_experts else 2
         found.append(Transfer("all-reduce", local, ("model",), times * (sums * count + 1)))
     if c.num_experts and s.mesh.shape["data"] > 1:
-        found += [Transfer(kind, group, ("data",), times * count) for kind in ("all-gather", "reduce-scatter")]
+        if rows := one.sent_rows:
+            # There and back; the backward pass sends the rows again, and then their gradients.
+            calls = 2 * count * (4 if one.step == "train" else 1)
+            found.append(Transfer("ragged-all-to-all", rows * c.hidden_size * 2, ("data",), calls))
+        else:
+            found += [Transfer(kind, group, ("data",), times * count) for kind in ("all-gather", "reduce-scatter")]
     return found + (_parameter_transfers(one.placed) if one.step == "train" else [])
 
 

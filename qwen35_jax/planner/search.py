@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterator
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.moe.products import BUFFER_BYTES
 from qwen35_jax.planner.compiled import FULL
 from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
-from qwen35_jax.planner.roofline import Roofline, make_roofline
+from qwen35_jax.planner.roofline import Roofline, make_roofline, one_pass
 from qwen35_jax.planner.topologies import Topology, stand_ins
 from qwen35_jax.sharding import make_mesh, parse_mesh
 
@@ -88,13 +89,14 @@ def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:
 
 
 def _temporaries(placed: Placed, step: str) -> int:
-    """The large buffers: one unit's weights, tokens of the experts' group, and in training the units' inputs that are kept,
-    the gradients, the gathered unit with its own, and the gathered embedding and head."""
-    c, job, width = placed.config, placed.job, placed.config.hidden_size
-    tokens = placed.rows * {"decode": 1, "prefill": min(job.chunk, job.context), "train": job.context}[step]
+    """The large buffers: one unit's weights, the experts' (rows of a pass, or tokens of their group), and in training the
+    units' inputs that are kept, the gradients, the gathered unit with its own, and the gathered embedding and head."""
+    c, one = placed.config, one_pass(placed, step)
+    tokens, width, train = one.tokens, placed.config.hidden_size, step == "train"
     unit = shard_bytes(placed.params["units"]) // c.num_units
-    group = tokens * placed.sharding.mesh.shape["data"] * width if c.num_experts else 0
-    if step != "train":
-        return unit + tokens * width * 40 + group * 10
+    # Passes forward, and again with gradients; of gathered tokens several copies are alive.
+    experts = 2 * BUFFER_BYTES if one.sent_rows else one.group * width * (12 if train else 10) if c.num_experts else 0
+    if not train:
+        return unit + tokens * width * 40 + experts
     ends = shard_bytes({name: x for name, x in placed.params.items() if name != "units"})
-    return shard_bytes(placed.weights) + 2 * unit + 2 * ends + tokens * width * (2 * c.num_units + 60) + group * 12
+    return shard_bytes(placed.weights) + 2 * unit + 2 * ends + tokens * width * (2 * c.num_units + 60) + experts

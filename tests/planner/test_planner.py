@@ -15,10 +15,11 @@ from qwen35_jax.generate import SamplingParams, load
 from qwen35_jax.generate.generation import Generation, Request
 from qwen35_jax.model import parameter_counts
 from qwen35_jax.ops.forms import KERNEL_CHOICES
+from qwen35_jax.ops.moe.choice import all_to_all_bytes
 from qwen35_jax.planner import links
 from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
 from qwen35_jax.planner.planning import make_plan
-from qwen35_jax.planner.roofline import make_roofline
+from qwen35_jax.planner.roofline import expected_transfers, make_roofline, one_pass
 from qwen35_jax.planner.search import estimate, meshes, rank
 from qwen35_jax.planner.topologies import CHIPS, GIB, parse_topology, stand_ins
 from qwen35_jax.sharding import make_mesh, parse_mesh
@@ -155,6 +156,18 @@ def test_how_fast_the_devices_of_an_axis_talk(topology, mesh, axes, rate):
     assert links.bandwidth(make_mesh(mesh, stand_ins(topology)), topology, axes) == pytest.approx(rate, rel=1e-6)
 
 
+@pytest.mark.parametrize("mesh", ["64x1", "16x4"])
+def test_rows_to_experts_are_those_of_the_rule(mesh):
+    """What the roofline sends a layer is what `ops.moe` counts when it chooses the form."""
+    topology, job = parse_topology("v5p:4x4x4"), Job("35b-a3b", "prefill", batch=64, context=8192, chunk=8192)
+    placed = Placed.on(job, make_mesh(mesh, stand_ins(topology)))
+    one, c, (_, data, model) = one_pass(placed, "prefill"), placed.config, parse_mesh(mesh)
+    (sent,) = [t for t in expected_transfers(one) if t.kind == "ragged-all-to-all"]
+    received = sent.count * sent.bytes * (data - 1) / data
+    sizes = one.tokens, c.num_experts_per_tok, c.hidden_size, 2, data, model
+    assert received == pytest.approx(c.num_hidden_layers * all_to_all_bytes(*sizes))
+
+
 def test_times_of_collectives():
     assert links.seconds("all-gather", 8e9, 8, 1e9) == pytest.approx(7)
     assert links.seconds("all-reduce", 8e9, 8, 1e9) == pytest.approx(14)
@@ -198,12 +211,14 @@ def test_what_does_not_fit_says_what_would():
     assert not make_plan(crowded.replace(batch=2 * batch), topology, count=0).fits
 
 
-def test_training_is_spread_over_replicas_where_its_group_would_not_fit():
-    """One sequence of 8,192 tokens a chip: with experts over all 512 chips each would gather all 4 million tokens."""
-    job, topology = Job("397b-a17b", "train", batch=512, context=8192), parse_topology("v5p:8x8x8")
-    assert not estimate(job, "512x1", topology).fits
+@pytest.mark.parametrize(("text", "gathered"), [("v5p:8x8x8", False), ("h100:64x8", True)])
+def test_training_with_one_sequence_a_device(text, gathered):
+    """8,192 tokens a device and experts over all 512: GPUs would gather all 4 million tokens on each, and need replicas that
+    share fewer; TPUs send each row to its experts, as `moe_form` says."""
+    job, topology = Job("397b-a17b", "train", batch=512, context=8192), parse_topology(text)
+    assert estimate(job, "512x1", topology).fits != gathered
     best = rank(job, topology)[0]
-    assert best.fits and parse_mesh(best.mesh)[0] > 1
+    assert best.fits and (parse_mesh(best.mesh)[0] > 1 or not gathered)
     counts = parameter_counts(ModelConfig.preset("397b-a17b"))
     masters_and_moments = 12 * (counts["text"] + counts["mtp"])
     assert best.weights + best.state == pytest.approx(masters_and_moments / 512, rel=0.01)
