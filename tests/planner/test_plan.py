@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qwen35_jax.planner import table
+from qwen35_jax.planner.jobs import Job
 from qwen35_jax.planner.topologies import COMPILERS
 from tests.forked import run_all
 
@@ -78,3 +80,15 @@ def test_an_absent_compiler_is_named_with_what_installs_it():
         pytest.skip("libtpu is installed here")
     (result,) = run_all("qwen35_jax.plan", [["--model", "0.8b", "--topology", "v5e:2x4"]], ROOT)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and ".[aot]" in result.stderr
+
+
+def test_the_table_of_all_sizes(monkeypatch):
+    """A row for each size and topology: numbers of its plan, or why there is none."""
+    monkeypatch.setattr(table, "SIZES", ("397b-a17b",))
+    monkeypatch.setattr(table, "RENTED", ("v5p:4x4x4", "h100:8"))
+    head, _, names, _, *rows = table.lines(lambda model, _: Job(model, "decode", batch=8, context=300_000), 0)
+    assert "context 300,000" in head and len(rows) == 2
+    assert all("--context 300000" in row and row.count("|") == names.count("|") for row in rows), rows
+    fits, crowded = list(table.lines(lambda model, _: Job(model, "decode", batch=8, context=8192), 0))[4:]
+    assert "| 95 GiB | yes |" in fits and "| 80 GB | no |" in crowded, (fits, crowded)
+    assert fits.count("|") == names.count("|")
