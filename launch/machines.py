@@ -16,6 +16,16 @@ SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # cubes that are not whole: v5p an
 CUBE = 4  # larger slices are made of cubes of 4 x 4 x 4 chips
 
 
+# What containers set for JAX. Chips that are not there are an error, and not virtual CPU devices; GKE mounts the GPUs' driver
+# where the loader does not look; and JAX would take three quarters of a GPU's memory.
+TPU_ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu"}
+GPU_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cuda,cpu",
+    "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Accelerator:
     """A kind of accelerator.

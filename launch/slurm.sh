@@ -5,7 +5,7 @@
 #   launch/slurm.sh --slice h100:4x8 --time 24:00:00 --restarts 5 -- train --config configs/finetune.py --config.mesh=32x1 …
 #   launch/slurm.sh --slice h100:8 -- convert SRC DST                            (on one node, with no GPU)
 #
-# --partition P  --account A  --time T  --name NAME  --restarts N (after a failure; Slurm itself requeues what it preempts)
+# --partition P  --account A  --time T  --name NAME  --restarts N (after a failure; what Slurm requeues after preemption counts too)
 # --python PYTHON (of an environment with the package and its extra cuda, on a file system that the nodes share)
 # --dry_run prints what would be submitted. Run it in the checkout, on a file system that the nodes share.
 set -euo pipefail
@@ -40,10 +40,11 @@ shift
 
 "$python" -c 'import qwen35_jax.sharding' 2>/dev/null || fail "$python has no qwen35_jax: install it (pip install -e .), or name one with --python"
 plan=$("$python" -m launch.job "$slice" "$@") || exit 1
-{ read -r hosts && read -r gpus && read -r _ && read -r _ && read -r command; } <<<"$plan"
+{ read -r hosts && read -r gpus && read -r _ && read -r _ && { IFS= read -rd '' command || true; }; } <<<"$plan"
+command=${command%$'\n'} # the rest: a prompt may have several lines
 [ "$1" != convert ] || hosts=1 gpus=0
 
-submit=(sbatch --job-name "$name" --nodes "$hosts" --ntasks-per-node 1 --exclusive --requeue --open-mode append
+submit=(sbatch --job-name "$name" --nodes "$hosts" --ntasks-per-node 1 --exclusive --mem 0 --requeue --open-mode append
   --signal TERM@120) # a training run saves its state two minutes before its time is up
 [ "$gpus" = 0 ] || submit+=(--gpus-per-node "$gpus")
 submit+=("${more[@]}")

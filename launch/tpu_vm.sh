@@ -38,11 +38,13 @@ for option in name zone slice; do
   [ -n "${!option}" ] || fail "--$option is missing"
 done
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts $restarts: give a number"
+[ "$existing$spot" != yesyes ] || fail "--spot is for a slice that is made: leave out --existing"
 [ -f setup.py ] || fail "run this in the checkout of qwen35_jax"
 
 "$python" -c 'import qwen35_jax.sharding' 2>/dev/null || fail "$python has no qwen35_jax: install it (pip install -e .), or name one with --python"
 plan=$("$python" -m launch.job "$slice" "$@") || exit 1
-{ read -r hosts && read -r _ && read -r type && read -r runtime && read -r command; } <<<"$plan"
+{ read -r hosts && read -r _ && read -r type && read -r runtime && { IFS= read -rd '' command || true; }; } <<<"$plan"
+command=${command%$'\n'} # the rest: a prompt may have several lines
 [ -n "$type" ] || fail "$slice: there are no TPU VMs of it; see launch/gke and launch/slurm.sh"
 
 where=("--zone" "$zone")
@@ -54,7 +56,7 @@ ssh=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}")
 workers=all
 [ "$1" != convert ] || workers=0
 archive=${TMPDIR:-/tmp}/$name.tar.gz
-pack=(bash -c "git ls-files -z --cached --others --exclude-standard | tar --null --files-from - -czf $(printf %q "$archive")")
+pack=(bash -o pipefail -c "git ls-files -z --cached --others --exclude-standard | tar --null --files-from - -czf $(printf %q "$archive")")
 copy=(gcloud compute tpus tpu-vm scp "$archive" "$name:qwen35_jax.tar.gz" "${where[@]}" --worker "$workers")
 # uv brings a Python that is new enough where the host has none.
 install="mkdir -p qwen35_jax && tar -xzf qwen35_jax.tar.gz -C qwen35_jax && cd qwen35_jax &&
@@ -79,7 +81,17 @@ attempt() {
     run "${ssh[@]}" --worker "$workers" --command "$work"
 }
 
+stopped() { # a slice costs money until it is deleted
+  [ "$keep" = yes ] || run "${delete[@]}" || true
+  exit 130
+}
+
 [ "$dry" = no ] || echo "# $slice: $hosts hosts, restarts: $restarts"
+if [ "$existing$dry" = nono ]; then
+  ! gcloud compute tpus tpu-vm describe "$name" "${where[@]}" >/dev/null 2>&1 ||
+    fail "$name is there already: --existing uses it, or give another --name"
+  trap stopped INT TERM HUP
+fi
 for ((try = 0; ; try++)); do
   status=0
   attempt || status=$?

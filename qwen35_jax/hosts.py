@@ -24,7 +24,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 HOSTS = flags.DEFINE_integer("hosts", None, "how many hosts there are, without auto", lower_bound=1)
 HOST = flags.DEFINE_integer("host", None, "which one this is, from 0, without auto", lower_bound=0)
-TIMEOUT = flags.DEFINE_integer("host_timeout", 100, "seconds without a sign of life after which a host is dead", lower_bound=10)
+TIMEOUT = flags.DEFINE_integer(
+    "host_timeout", 100, "seconds without a sign of life after which a host is dead", lower_bound=10, upper_bound=3600
+)
 _FLAGS = (COORDINATOR, HOSTS, HOST, TIMEOUT)
 WAIT_SECONDS = 300.0  # for the other hosts
 
@@ -70,6 +72,9 @@ def _join(mesh: str) -> contextlib.AbstractContextManager:
         _print_only_ours()
         host, count = jax.process_index(), jax.process_count()
         line = Lifeline(host, count, coordinator_host(), TIMEOUT.value) if count > 1 else contextlib.nullcontext()
+    except (UserError, OSError):
+        end_without_waiting()
+        raise
     except (RuntimeError, ValueError) as error:
         if address is None and isinstance(error, ValueError):  # of a parameter that was neither given nor found
             text = "nothing here says where the hosts are, as a TPU slice, Slurm and Kubernetes do"

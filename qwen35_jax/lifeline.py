@@ -111,7 +111,8 @@ class Lifeline:
                 if key.fileobj in self._peers:
                     self._hear(key.fileobj, self._peers[key.fileobj])
                 else:
-                    self._add(key.fileobj.accept()[0])
+                    with contextlib.suppress(OSError):  # a caller that has gone again
+                        self._add(key.fileobj.accept()[0])
 
     def _hear(self, connection: socket.socket, peer: _Peer) -> None:
         try:
@@ -135,7 +136,7 @@ class Lifeline:
             message = json.loads(line)
             if not peer.name and message["secret"] != self._secret:
                 return False
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             return False
         peer.name = message.get("name", peer.name)
         peer.done = message.get("done", peer.done)
@@ -164,9 +165,14 @@ def end_without_waiting() -> None:
 
 
 def _end_now() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            pass  # its reader is gone
+    # Beside the end: where a reader does not take what is printed, another thread waits for it and holds the stream.
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(SETTLE_SECONDS)
     os._exit(1)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader is gone
+            stream.flush()

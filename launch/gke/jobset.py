@@ -11,7 +11,7 @@ import dataclasses
 import re
 
 from launch.job import Job
-from launch.machines import Slice
+from launch.machines import GPU_ENVIRONMENT, TPU_ENVIRONMENT, Slice
 from qwen35_jax.errors import UserError
 
 REPLICATED_JOB = "slice"
@@ -80,7 +80,8 @@ def _pod_spec(job: Job, options: Options) -> dict:
         **account,
         **network,
         "restartPolicy": "Never",
-        "terminationGracePeriodSeconds": 300,  # after SIGTERM a training run saves its state and ends
+        # After SIGTERM a training run saves its state and ends; the others do not hear it as a pod's first process.
+        "terminationGracePeriodSeconds": 300 if job.name == "train" else 30,
         **({"nodeSelector": selector, "tolerations": tolerations} if selector else {}),
         "containers": [_container(job, options)],
         # NCCL's shared memory, for which the default of 64 MiB is too small.
@@ -89,12 +90,15 @@ def _pod_spec(job: Job, options: Options) -> dict:
 
 
 def _container(job: Job, options: Options) -> dict:
-    words, environment = job.command("--coordinator", "auto"), {}
+    words, variables = job.command("--coordinator", "auto"), []
+    if job.slice:
+        given = TPU_ENVIRONMENT if job.slice.is_tpu else GPU_ENVIRONMENT
+        variables = [{"name": name, "value": value} for name, value in given.items()]
     if job.hosts > 1 and not job.slice.is_tpu:
         first = f"{options.name}-{REPLICATED_JOB}-0-0.{options.name}:{PORT}"
         words = job.command("--coordinator", first, "--hosts", str(job.hosts), "--host", "$(NODE_RANK)")
         index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-        environment = {"env": [{"name": "NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": index}}}]}
+        variables.append({"name": "NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": index}}})
     own = len(job.command())
     mounts = {"securityContext": {"privileged": True}, "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}
     return {
@@ -102,7 +106,7 @@ def _container(job: Job, options: Options) -> dict:
         "image": options.image,
         # Kubernetes replaces $(NAME) in words; what the user wrote stays as it is.
         "command": [word.replace("$(", "$$(") for word in words[:own]] + words[own:],
-        **environment,
+        **({"env": variables} if variables else {}),
         "resources": _resources(job.slice),
         **(mounts if job.slice else {}),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from tests.forked import ROOT
 
 # Writes its words down; fails at the n-th call whose words hold the text in $FAIL_AT, for n in $FAILURES.
 FAKE = """#!/usr/bin/env bash
+[[ "$*" != *" describe "* ]] || exit "${DESCRIBED:-1}"
 printf '%s\\n' "$(basename "$0") $*" >> "$CALLS"
 if [[ "$*" == *"$FAIL_AT"* ]]; then
   echo >> "$CALLS.count"
@@ -65,8 +67,33 @@ def test_what_fails_too_often_ends_with_its_status_and_deletes_the_slice(fake):
 
 
 def test_a_slice_that_is_there_stays(fake):
-    status, _, calls = start(fake, [*TPU, "--existing", *SAMPLE], "nothing fails", "")
+    status, _, calls = start(fake, [*TPU[:-1], "--existing", *SAMPLE], "nothing fails", "")
     assert (status, verbs(calls)) == (0, ["scp", "ssh", "ssh"])
+
+
+def test_a_slice_of_that_name_is_not_touched(fake, monkeypatch):
+    monkeypatch.setenv("DESCRIBED", "0")
+    (fake / "calls").touch()
+    status, errors, calls = start(fake, [*TPU, *SAMPLE], "nothing fails", "")
+    assert status == 1 and not calls and "a is there already: --existing uses it" in errors
+    status, errors, calls = start(fake, [*TPU, "--existing", *SAMPLE], "nothing fails", "")
+    assert status == 1 and not calls and "--spot is for a slice that is made" in errors
+
+
+def test_a_slice_is_deleted_when_the_script_is_stopped(fake):
+    (fake / "gcloud").write_text(FAKE + '[[ "$*" != *"exec python"* ]] || kill -TERM $PPID\n')
+    status, _, calls = start(fake, [*TPU, "--restarts", "2", *SAMPLE], "nothing fails", "")
+    assert status == 130 and verbs(calls) == ["create", "scp", "ssh", "ssh", "delete"]
+
+
+def test_a_prompt_of_several_lines(fake):
+    """It reaches the host as it was: in the words of the ssh command, and of srun, where it is a word again."""
+    prompt = "one\n\ntwo's\n"
+    status, errors, calls = start(fake, [*TPU, *SAMPLE, "--prompt", prompt], "nothing fails", "")
+    assert status == 0 and shlex.quote(prompt) in "\n".join(calls), (errors, calls)
+    words = ["launch/slurm.sh", "--slice", "h100:2x8", "--", "sample", "--mesh", "2x8", "--prompt", prompt]
+    status, errors, calls = start(fake, words, "nothing fails", "")
+    assert status == 0 and f"--prompt {prompt}" in "\n".join(calls), (errors, calls)
 
 
 def test_slurm_requeues_what_failed(fake):
