@@ -128,6 +128,9 @@ def check_config(c: ConfigDict) -> None:
         raise UserError(f"config.data.batch_size ({c.data.batch_size}) must be a multiple of accumulate ({c.accumulate})")
     if c.data.patches and c.data.patch_rows % c.accumulate:
         raise UserError(f"config.data.patch_rows ({c.data.patch_rows}) must be a multiple of accumulate ({c.accumulate})")
+    for field in ("max_pixels", "fps", "max_frames"):
+        if c.data[field] and not c.data.patches:
+            raise UserError(f"config.data.{field} is about pictures: set config.data.patches")
     if c.model.vision and not c.data.patches:
         raise UserError("config.model.vision makes a vision tower, which only pictures train: set config.data.patches")
     if not c.data.train:

@@ -200,7 +200,11 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
     if config.checkpoint.keep_best and "mtp" in best and not loss.has_mtp:
         raise UserError(f"config.checkpoint.best_metric is {best}, but this run has no such loss: see config.loss.mtp")
     state = _abstract_state(sharding, optimizer, trained, _in_dtype(frozen, wanted_params(model, tower)))
-    return Run(config, origin, loss, optimizer, learning_rate(config.optimizer, config.steps), state)
+    run = Run(config, origin, loss, optimizer, learning_rate(config.optimizer, config.steps), state)
+    if run.draws_tower and config.lora.rank:
+        text = "config.lora trains nothing but its own matrices, and the vision tower starts from random weights here"
+        raise UserError(f"{text}: train the tower first, with config.lora.rank 0")
+    return run
 
 
 def _in_dtype(frozen: dict, wanted: dict) -> dict:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,6 +29,7 @@ def added_tower(
     if wrong := sorted(set(known) ^ set(fields)):
         raise UserError(f"config.model.vision.{wrong[0]}: give exactly the fields {', '.join(known)}")
     vision = VisionConfig(**fields)
+    _check(vision)
     if vision.out_hidden_size != model.hidden_size:
         text = f"config.model.vision.out_hidden_size is {vision.out_hidden_size}"
         raise UserError(f"{text}; it must be the model's width, {model.hidden_size}")
@@ -40,6 +42,22 @@ def added_tower(
         ids[f"{kind}_token_id"] = found[0]
     model = model.replace(vision=vision, **ids)
     return model, vision_hf_config(hf_config, model)
+
+
+def _check(vision: VisionConfig) -> None:
+    """UserError for a tower that cannot be."""
+    for name, value in dataclasses.asdict(vision).items():
+        if type(value) is not int or value < 1:
+            raise UserError(f"config.model.vision.{name} is {value!r}; it must be a whole number from 1 on")
+    places = vision.num_position_embeddings
+    wrong = {
+        "in_channels": (vision.in_channels != 3, "3, of red, green and blue"),
+        "hidden_size": (vision.hidden_size % (4 * vision.num_heads), f"a multiple of 4 x num_heads ({vision.num_heads})"),
+        "num_position_embeddings": (math.isqrt(places) ** 2 != places, "a square"),
+    }
+    for name, (problem, wanted) in wrong.items():
+        if problem:
+            raise UserError(f"config.model.vision.{name} is {getattr(vision, name)}; it must be {wanted}")
 
 
 def settings(data: ConfigDict, directory: epath.PathLike, vision: VisionConfig) -> VisionSettings:

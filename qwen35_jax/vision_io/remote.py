@@ -15,8 +15,8 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.text import one_line
 
 TIMEOUT = 30.0  # seconds for all of a file
-# Public by their own number, and yet they may lead to an IPv4 address of any kind: NAT64 and 6to4.
-TRANSLATED = tuple(ipaddress.ip_network(n) for n in ("64:ff9b::/96", "64:ff9b:1::/48", "2002::/16"))
+GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is assigned of IPv6 to the public
+TRANSLATED = ipaddress.ip_network("2002::/16")  # 6to4: public by its number, and yet it leads to an IPv4 address of any kind
 
 
 def is_remote(source: object) -> bool:
@@ -79,7 +79,7 @@ def _address(host: str, port: int) -> str:
 def _public(text: str) -> bool:
     address = ipaddress.ip_address(text.partition("%")[0])
     address = getattr(address, "ipv4_mapped", None) or address
-    if any(address in network for network in TRANSLATED if network.version == address.version):
+    if address.version == 6 and (address not in GLOBAL_UNICAST or address in TRANSLATED):
         return False
     return address.is_global and not address.is_multicast
 
@@ -96,6 +96,8 @@ class _Connection(http.client.HTTPSConnection):
         plain = socket.create_connection((self._address, self.port), self.timeout)
         # Held here too: the parent lets go of it once the answer has begun.
         self._held = self.sock = self._verifier.wrap_socket(plain, server_hostname=self.host, do_handshake_on_connect=False)
+        if self.expired:  # while there was nothing to cut off
+            raise TimeoutError
         self._held.do_handshake()
 
     def expire(self) -> None:

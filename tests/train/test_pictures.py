@@ -146,7 +146,7 @@ def test_a_chat_that_is_cut_off_keeps_the_first_rows(folder, parts):
 WRONG = [
     (chat([image("nowhere.png")], "x"), "nowhere.png: there is no such file"),
     (chat([image("bad.png")], "x"), "bad.png is no image that can be read"),
-    (chat([image("https://example.com/a.png")], "x"), "remote URLs are not fetched"),
+    (chat([image("https://example.com/a.png")], "x"), "nothing is fetched in training"),
     (chat([image("large.png")], "x"), r"a picture has 216 patches, but a row holds data.patches \(64\)"),
     (chat([image("pictures/2.png")] * 20, "x"), "its pictures have 960 patches, more than fit in the 8 rows of 64"),
     (chat([{"type": "video", "video": "pictures"}], "x"), "pixels, the first is"),

@@ -91,11 +91,11 @@ def test_every_mesh_gives_one_curve(folder, expected, mesh):
     np.testing.assert_allclose(steps(run, expected[0])[0], expected[1], rtol=TOLERANCE)
 
 
-@pytest.mark.slow
-def test_pictures_in_sequences_that_are_cut(folder, expected):
+@pytest.mark.parametrize("mesh", ["2x1", pytest.param("4x2", marks=pytest.mark.slow)])
+def test_pictures_in_sequences_that_are_cut(folder, expected, mesh):
     """The tower's rows lie over all data shards, of which each holds a part of every sequence."""
-    run = make(folder, mesh="4x2", context_parallel=True)
-    assert run.tower.sharding.size(run.tower.layout.rows) == 4
+    run = make(folder, mesh=mesh, context_parallel=True)
+    assert run.tower.sharding.size(run.tower.layout.rows) == int(mesh[0])
     np.testing.assert_allclose(steps(run, expected[0])[0], expected[1], rtol=TOLERANCE)
 
 
@@ -156,13 +156,18 @@ def test_a_batch_without_pictures(folder, expected):
 
 
 def test_muon_lora_and_bfloat16(folder, expected):
-    """Muon's matrices in the tower are those of its linear layers; LoRA finds them; bfloat16 is near."""
+    """Muon takes the tower's linear layers, LoRA finds them and its loss falls; bfloat16 is near."""
     run = make(folder, optimizer__name="muon", dtype="bfloat16", loss__mtp=0.0)
     numbers, _ = steps(run, expected[0][:1])
     assert numbers[0][0] == pytest.approx(expected[1][0][0], rel=2e-2)
     run = make(folder, lora__rank=2, lora__match=("vision/blocks/(q|proj)/weight", "mixer/q"), loss__mtp=0.0)
     assert sorted(run.state["params"]["vision"]["blocks"]) == ["proj", "q"]
     assert run.state["params"]["vision"]["blocks"]["q"]["weight"]["a"].shape == (1, 24, 2)
+    state, losses, step = initial_state(run), [], compiled(run)
+    for _ in range(4):
+        state, metrics = step(state, expected[0][0])
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
 
 
 def test_text_runs_hold_no_tower(folder):
@@ -220,7 +225,14 @@ WRONG = [
     ({"model__vision": TOWER}, "the checkpoint has one: leave it empty"),
     ({"model__source": "TEXT", "model__vision": TOWER | {"out_hidden_size": 64}}, "must be the model's width, 48"),
     ({"model__source": "TEXT", "model__vision": {"depth": 2}}, "config.model.vision.hidden_size: give exactly|in_channels: give"),
+    ({"model__source": "TEXT", "model__vision": TOWER | {"hidden_size": 36}}, "hidden_size is 36; it must be a multiple of 4 x"),
+    ({"model__source": "TEXT", "model__vision": TOWER | {"num_position_embeddings": 15}}, "is 15; it must be a square"),
+    ({"model__source": "TEXT", "model__vision": TOWER | {"in_channels": 1}}, "in_channels is 1; it must be 3"),
+    ({"model__source": "TEXT", "model__vision": TOWER | {"num_heads": 0}}, "num_heads is 0; it must be a whole number"),
+    ({"model__source": "TEXT", "model__vision": TOWER | {"depth": "4"}}, "depth is '4'; it must be a whole number"),
+    ({"model__source": "TEXT", "model__vision": TOWER, "lora__rank": 2}, "train the tower first, with config.lora.rank 0"),
     ({"model__vision": TOWER, "data__patches": 0}, "only pictures train: set config.data.patches"),
+    ({"data__patches": 0, "data__fps": 1.0}, "config.data.fps is about pictures"),
     ({"freeze": ("^vision/nothing",)}, "matches no parameter"),
 ]
 

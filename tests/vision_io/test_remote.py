@@ -112,7 +112,7 @@ def test_what_is_no_image(host):
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.1.2.3", "192.168.0.1", "172.16.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1", "::1",
-     "fe80::1%1", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "255.255.255.255"],
+     "fe80::1%1", "fec0::1", "::a00:1", "fd00::1", "::ffff:10.0.0.1", "64:ff9b::a00:1", "2002:a00:1::", "255.255.255.255"],
 )  # fmt: skip
 def test_addresses_that_are_not_public(host, monkeypatch, address):
     """Even beside a public one; nothing is connected to."""

@@ -100,7 +100,13 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
                 )
         self.documents, self.bad_lines, self.truncated = (state[n] for n in ("documents", "bad_lines", "truncated"))
         self._unusable = 0
-        self._waiting = [self._document(index, self._stream[index], offset) for index, offset in state["waiting"]]
+        self._waiting = []
+        for index, offset in state["waiting"]:
+            example = self._stream[index]
+            if isinstance(example, UserError):  # a picture that is no longer there
+                self._skip_line(example)
+            else:
+                self._waiting.append(self._document(index, example, offset))
         self._examples.close()
         self._examples = self._read_from(self.documents)
 
@@ -131,10 +137,8 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         self._unusable = 0
         return document
 
-    def _document(self, index: int, example: Example | UserError, offset: int = 0) -> Document:
+    def _document(self, index: int, example: Example, offset: int = 0) -> Document:
         """The document of an example, cut off at the length of a row where it cannot be split."""
-        if isinstance(example, UserError):
-            raise example
         if not example.splittable:
             example = example.cut(self._shape[1])
         return Document(index, example, offset)
