@@ -22,7 +22,7 @@ from qwen35_jax.sharding import to_host
 
 SMALLEST_BUCKET = 64
 # A shard's convolution takes its window, three tokens, from the shard before it alone.
-MIN_SHARD_TOKENS = 4
+MIN_SHARD_TOKENS = 3
 # A streaming caller gets tokens at least this often (seconds), as soon as the speed is known.
 STREAM_INTERVAL = 0.1
 

@@ -62,9 +62,9 @@ class GatedAttention(nnx.Module):
         return self.sharding.shard_map(local, heads, "B T N H")(q, k, v, inputs.segment_ids)
 
     def _attend_cached(self, q, k, v, inputs: Inputs, cache: dict) -> tuple[jax.Array, dict]:
-        layout = None
-        if self.sharding.context_parallel:
-            layout = ShardedCache("data", inputs.chunk // self.sharding.size("P"), self.sharding.context_axis is not None)
+        layout, axes = None, self.sharding.rules["P"]
+        if axes:
+            layout = ShardedCache(*axes, inputs.chunk // self.sharding.size("P"), self.sharding.context_axis is not None)
 
         def local(q, k, v, cache, slots, start, count):
             out, cache_k, cache_v = cached_attention(

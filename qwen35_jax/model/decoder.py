@@ -192,7 +192,7 @@ class Model:
         """The form of the experts in a step of so many tokens of the whole batch."""
         c, itemsize = self.config, jnp.dtype(self.config.dtype).itemsize
         sizes = (tokens, c.num_experts, c.num_experts_per_tok, c.hidden_size, itemsize)
-        return moe_form(self.forms.moe, self.sharding, *sizes)
+        return moe_form(self.forms.moe, self.sharding, *sizes, c.fp8_activations)
 
     def head(self, params: dict) -> jax.Array:
         """The output matrix [V, D]."""

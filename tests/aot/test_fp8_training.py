@@ -82,7 +82,8 @@ def compile_grouped(devices):
     return jax.jit(run).lower(*(jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes)).compile()
 
 
-COMPILE = {"linear": compile_linear, "grouped": compile_grouped, "kernels": functools.partial(compile_linear, form="pallas_gpu")}
+COMPILE = {"linear": compile_linear, "grouped": compile_grouped}
+COMPILE |= {f"{form} kernels": functools.partial(compile_linear, form=form) for form in ("pallas_tpu", "pallas_gpu")}
 hopper = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 
 
@@ -90,12 +91,14 @@ hopper = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernel
     ("target", "op"),
     [
         *itertools.product(["h200", "tpu7x"], ["linear", "grouped"]),
-        pytest.param("h200", "kernels", marks=hopper),
-        pytest.param("h100", "kernels", marks=[hopper, pytest.mark.slow]),
+        ("tpu7x", "pallas_tpu kernels"),
+        *(pytest.param(target, "pallas_tpu kernels", marks=pytest.mark.slow) for target in ("v5e", "v5p", "v6e")),
+        pytest.param("h200", "pallas_gpu kernels", marks=hopper),
+        pytest.param("h100", "pallas_gpu kernels", marks=[hopper, pytest.mark.slow]),
     ],
 )
 def test_multiplies_in_fp8(target, op):
-    """The Hopper kernels of linears ("kernels") run on each device's shard, with the exchanges of the partitioned form."""
+    """The kernels of linears run on each device's shard, with the exchanges of the partitioned form."""
     if importlib.util.find_spec(NEEDS[TARGETS[target].platform]) is None:
         pytest.skip(f"{NEEDS[TARGETS[target].platform]} is not installed: pip install -e '.[test,aot]'")
     command = [sys.executable, "-m", "tests.aot.test_fp8_training", target, op]

@@ -10,6 +10,7 @@ import pytest
 import qwen35_jax
 from qwen35_jax import UserError
 from qwen35_jax.generate.generation import context_buckets
+from qwen35_jax.ops.forms import Forms
 from tests.generate.conftest import small_model
 from tests.generate.test_generation import GREEDY, prompt
 from tests.vision_checkpoint import picture, write_checkpoint
@@ -37,6 +38,15 @@ def test_logits(mesh, dense):
     tokens, ids = np.random.default_rng(0).integers(0, 4000, (len(ROWS), TIME)), documents()
     want = np.asarray(small_model(dense=dense).logits(tokens, segment_ids=ids))
     got = np.asarray(small_model(mesh, context_parallel=True, dense=dense).logits(tokens, segment_ids=ids))
+    np.testing.assert_allclose(got[ids > 0], want[ids > 0], atol=2e-5 * np.abs(want).max(), rtol=0)
+
+
+def test_logits_with_all_that_cuts():
+    """Weights fully sharded, units scanned, and rows sent to their experts from shards of the sequence."""
+    tokens, ids = np.random.default_rng(0).integers(0, 4000, (len(ROWS), TIME)), documents()
+    want = np.asarray(small_model().logits(tokens, segment_ids=ids))
+    cut = small_model("4x2", True, True, fully_sharded=True, forms=Forms(moe="all_to_all"))
+    got = np.asarray(cut.logits(tokens, segment_ids=ids))
     np.testing.assert_allclose(got[ids > 0], want[ids > 0], atol=2e-5 * np.abs(want).max(), rtol=0)
 
 
@@ -107,7 +117,7 @@ def test_an_image_that_lies_across_shards(tmp_path):
 
 @pytest.mark.parametrize(
     ("length", "chunk", "shards", "expected"),
-    [(70, 2048, 8, [128]), (3, 2048, 64, [256]), (100, 48, 8, [48] * 3), (100, 50, 8, [56] * 2), (2048, 2048, 8, [2048])],
+    [(70, 2048, 8, [128]), (3, 2048, 64, [192]), (100, 48, 8, [48] * 3), (100, 50, 8, [56] * 2), (2048, 2048, 8, [2048])],
 )
 def test_prefills_are_alike_and_divisible(length, chunk, shards, expected):
     assert context_buckets(length, chunk, shards) == expected

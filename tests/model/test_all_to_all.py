@@ -252,6 +252,9 @@ def test_the_rule():
     assert moe_form("auto", tpu(4, 1), 4 * 8192, *sizes) == "gather"  # every token has eight experts on four devices
     assert moe_form("auto", tpu(8, 6), 8 * 8192, *sizes) == "gather"  # F over `model`: every column needs all rows
     assert moe_form("auto", sharding("8x1"), 8 * 8192, *sizes) == "gather"  # CPU
+    # 397b-a17b: ten rows a token there and back, or all tokens of eight: less only if rows go there in FP8, as they then do.
+    large = 512, 10, 4096, 2
+    assert [moe_form("auto", tpu(8, 1), 8 * 8192, *large, fp8) for fp8 in (False, True)] == ["gather", "all_to_all"]
     assert moe_form("all_to_all", sharding("8x1"), 8, *sizes) == "all_to_all"
 
 

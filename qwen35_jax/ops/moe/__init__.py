@@ -44,7 +44,7 @@ def moe_apply(
     tokens = sharding.spec("B T D")
     cut = tokens_are_cut(sharding)
     count, k = math.prod(x.shape[:2]), routing.experts.shape[-1]
-    form = moe_form(form, sharding, count, shapes["gate"][0][0], k, x.shape[2], x.dtype.itemsize)
+    form = moe_form(form, sharding, count, shapes["gate"][0][0], k, x.shape[2], x.dtype.itemsize, fp8_activations)
     local = functools.partial(
         functools.partial(gather_experts, gathered=cut) if form == "gather" else all_to_all_experts,
         expert_axes=expert_axes,

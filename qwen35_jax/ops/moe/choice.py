@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.sharding import Sharding
 
 MOE_CHOICES = ("auto", "gather", "all_to_all")
@@ -17,12 +18,14 @@ def gather_bytes(tokens: int, k: int, d: int, itemsize: int, data: int) -> int:
     return (data - 1) * tokens * (2 * d * itemsize + 8 * k)
 
 
-def all_to_all_bytes(tokens: int, k: int, d: int, itemsize: int, data: int, columns: int) -> int:
+def all_to_all_bytes(tokens: int, k: int, d: int, itemsize: int, data: int, columns: int, fp8_activations: bool = False) -> int:
     """The same of the all-to-all form with even routing: the rows of `tokens` x k / `columns` assignments, both ways.
 
     `columns`: how many shards of `model` have experts of their own (1 where it cuts F: then each of them has all rows).
+    `fp8_activations`: rows go there as e4m3 with a float32 scale for 128 numbers.
     """
-    return tokens * k * (data - 1) * 2 * d * itemsize // (data * columns)
+    there = d + 4 * -(-d // BLOCK) if fp8_activations else d * itemsize
+    return tokens * k * (data - 1) * (there + d * itemsize) // (data * columns)
 
 
 def tokens_are_cut(sharding: Sharding) -> bool:
@@ -30,7 +33,9 @@ def tokens_are_cut(sharding: Sharding) -> bool:
     return "data" in (*sharding.rules["B"], *sharding.rules["T"])
 
 
-def moe_form(form: str, sharding: Sharding, tokens: int, experts: int, k: int, d: int, itemsize: int) -> str:
+def moe_form(
+    form: str, sharding: Sharding, tokens: int, experts: int, k: int, d: int, itemsize: int, fp8_activations: bool = False
+) -> str:
     """Form "gather" or "all_to_all": `form` itself, or for "auto" what the rule says of a step of so many tokens (of the whole
     batch), each [d] numbers with k of all `experts`. UserError for anything that is not one of `MOE_CHOICES`.
 
@@ -47,5 +52,5 @@ def moe_form(form: str, sharding: Sharding, tokens: int, experts: int, k: int, d
         return "gather"
     sizes = (tokens // (sharding.size("B") * sharding.size("T")), k, d, itemsize, sharding.mesh.shape["data"])
     columns = sharding.model if "model" in sharding.expert_axes({"E": experts})[0] else 1
-    saving = gather_bytes(*sizes) - all_to_all_bytes(*sizes, columns)
+    saving = gather_bytes(*sizes) - all_to_all_bytes(*sizes, columns, fp8_activations)
     return "all_to_all" if saving > LEAST_SAVING else "gather"
