@@ -86,7 +86,7 @@ class Model:
         return {name: nnx.graphdef(module) for name, module in self._modules.items()}
 
     def _merge(self, name: str, params: dict) -> nnx.Module:
-        """The module with parameters (of one unit, without the unit axis) that are whole but for `model`."""
+        """The module with parameters (of one unit, without the unit axis) that lie as they are computed with."""
         if self.fully_sharded:
             params = P.gather(params, self._places[name], self.sharding)
         return nnx.merge(self._graphs[name], params)
