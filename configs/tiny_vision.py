@@ -4,8 +4,9 @@
     python -m qwen35_jax.train --config configs/tiny_vision.py --workdir runs/tiny_vision --export_hf runs/tiny_vision_hf
     python -m benchmarks.tiny_skills --checkpoint runs/tiny_vision_hf
 
-It begins where configs/tiny_more.py ended, in runs/tiny_more_hf, with a tower of 0.9 M parameters and random weights. How large
-pictures are looked at is said beside the tokenizer, in qwen35_jax/assets/tiny. Hardware: two CPU cores, or any mesh.
+It begins where configs/tiny.py and configs/tiny_more.py ended, in runs/tiny_more_hf; as long as the packaged model has no tower,
+`--config.model.source=tiny` begins from that. The tower has random weights. How large pictures are looked at is said beside the
+tokenizer, in qwen35_jax/assets/tiny. Hardware: two CPU cores, or a mesh of one or two data shards.
 """
 
 from ml_collections import ConfigDict
@@ -32,7 +33,7 @@ def get_config() -> ConfigDict:
     c.dtype, c.remat = "float32", "none"
     c.data.train, c.data.eval = ("runs/tiny_vision_data/train.jsonl",), ("runs/tiny_vision_data/eval.jsonl",)
     c.data.sequence_length, c.data.batch_size = 768, 4
-    c.data.patches, c.data.patch_rows = 896, 2  # of a batch of 35 documents nine tenths of both are used
+    c.data.patches, c.data.patch_rows = 896, 2
     c.steps = 3500
     c.loss.balance = 0.005
     c.optimizer.name, c.optimizer.learning_rate, c.optimizer.muon_learning_rate = "muon", 1e-3, 2.5e-3

@@ -58,6 +58,9 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
         if profile_dir and not check_directory(epath.Path(profile_dir), "give a directory for the trace"):
             epath.Path(profile_dir).mkdir(parents=True, exist_ok=True)  # complains now, not after the traced steps
         use_compilation_cache()
+        if config.data.patches and config.data.bad_lines == "skip" and jax.process_count() > 1:
+            # Each host reads the pictures by itself: one that skipped a line alone would pack other batches from there on.
+            raise UserError("config.data.bad_lines: several hosts cannot skip lines with pictures; set it to stop")
         run = make_run(config, find_origin(config))
         tokenizer, template = run.tokenizer(), run.template()
         quiet = jax.process_index() > 0

@@ -246,6 +246,12 @@ def test_wrong_configurations(folder, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_several_hosts_skip_no_pictures(folder, monkeypatch, tmp_path):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(UserError, match="several hosts cannot skip lines with pictures"):
+        train(picture_config(folder, data__bad_lines="skip"), str(tmp_path / "run"))
+
+
 def test_settings_of_a_run(folder):
     run = make(folder, data__max_pixels=1024, data__max_frames=2)
     assert not run.draws_tower
