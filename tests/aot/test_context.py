@@ -15,9 +15,9 @@ TOKENS, CHUNK = 2**20, 2**16
 LONG = {"rows": 1, "length": CHUNK, "capacity": TOKENS, "context_parallel": True}
 # With the GiB of weights and state, and of temporaries, per chip: about a tenth above what was measured.
 CASES = [
-    (Case("v5p-64", "16x4", "35b-a3b", "prefill", **LONG), 2.8, 1.4),
+    (Case("v5p-64", "16x4", "35b-a3b", "prefill", **LONG), 2.8, 1.18),
     (Case("v5p-64", "16x4", "35b-a3b", "decode", **LONG), 3.1, 0.14),
-    (Case("v5p-64", "16x4", "397b-a17b", "prefill", fp8=True, **LONG), 10.1, 2.6),
+    (Case("v5p-64", "16x4", "397b-a17b", "prefill", fp8=True, **LONG), 10.1, 2.35),
     (Case("v5p-64", "16x4", "397b-a17b", "decode", fp8=True, **LONG), 10.6, 0.45),
 ]
 
@@ -34,7 +34,7 @@ def test_a_million_tokens_fit(case, arguments, temporaries):
     assert result["argument_bytes"] < arguments * GIB
     assert result["temporary_bytes"] < temporaries * GIB
     assert result["total_bytes"] < 0.95 * TARGETS[case.target].hbm
-    # Tokens to experts and back are [chunk, D] of bfloat16; queries to the cache [chunk, N / 4, H], the outputs' sums in float32.
+    # Rows of a pass to their experts are fewer numbers than queries to the cache [chunk, N / 4, H], the outputs' sums in float32.
     if case.step == "prefill":
         widest = max(2 * result["hidden_size"], 4 * result["query_width"] // 4)
         assert max(size for kind, size, *_ in result["collectives"]) <= 1.1 * CHUNK * widest
