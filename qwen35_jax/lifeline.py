@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import secrets
@@ -49,6 +50,7 @@ class Lifeline:
         self._timeout = timeout
         self._peers: dict[socket.socket, _Peer] = {}
         self._quiet = False
+        _flusher()
         self._selector = selectors.DefaultSelector()
         listener = _listen() if host == 0 else None
         port = listener.getsockname()[1] if listener else 0
@@ -161,18 +163,32 @@ def _listen() -> socket.socket:
 
 def end_without_waiting() -> None:
     """Has this process, once it ends, not wait for the others at JAX's barrier: they will not come to it. Status 1."""
+    _flusher()
     atexit.register(_end_now)
 
 
 def _end_now() -> None:
-    # Beside the end: where a reader does not take what is printed, another thread waits for it and holds the stream.
-    flushing = threading.Thread(target=_flush, daemon=True)
-    flushing.start()
+    wanted, flushing = _flusher()
+    wanted.set()
     flushing.join(SETTLE_SECONDS)
     os._exit(1)
 
 
-def _flush() -> None:
+@functools.cache
+def _flusher() -> tuple[threading.Event, threading.Thread]:
+    """The thread that writes out what is printed once the event is set; the end waits for it, but not for ever.
+
+    Where a reader does not take what is printed, another thread waits for it and holds the stream. It is started before it is
+    wanted, since Python 3.12 starts no thread while it ends.
+    """
+    wanted = threading.Event()
+    flushing = threading.Thread(target=_flush, args=(wanted,), daemon=True)
+    flushing.start()
+    return wanted, flushing
+
+
+def _flush(wanted: threading.Event) -> None:
+    wanted.wait()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # its reader is gone
             stream.flush()
