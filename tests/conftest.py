@@ -12,7 +12,10 @@ import pytest
 
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
 # Files that take minutes come first, so that at the end no worker is left alone with one.
-LONG = ("train/test_train.py", "train/test_step.py", "generate/", "train/test_fp8.py", "test_sample.py", "test_golden.py")
+LONG = (
+    *("test_hosts.py", "train/test_train.py", "train/test_step.py", "generate/", "train/test_fp8.py", "test_sample.py"),
+    *("ops/test_gated_delta_tpu.py", "train/test_vision.py", "test_golden.py"),
+)
 
 
 def pytest_addoption(parser):

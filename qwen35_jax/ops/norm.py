@@ -24,11 +24,12 @@ def layer_norm(x, weight, bias, eps: float = 1e-6):
     return (centred * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.checkpoint
 def gated_rms_norm(o, z, weight, eps: float = 1e-6):
     """RMSNorm of o, then times silu(z): o, z [..., H], weight [H] -> [..., H] in o.dtype.
 
-    The weight is plain (no offset). The normalised value is rounded to the activation dtype before the weight is
-    applied, as the published model does; the gate is applied in fp32.
+    The weight is plain (no offset). The normalised value is rounded to the activation dtype before the weight is applied, as
+    the published model does; the gate is applied in fp32. The backward pass keeps the arguments alone.
     """
     o32 = o.astype(jnp.float32)
     normed = o32 * jax.lax.rsqrt(jnp.mean(jnp.square(o32), axis=-1, keepdims=True) + eps)

@@ -24,6 +24,7 @@ TEXTS = [  # mesh, tokens of a prefill
     ("4x2", 48),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (("2x1", 48), ("8x1", 48), ("2x2x2", 48), ("8x1", 2048))),
 ]
+LENGTHS = (120, 3, 96, 65)  # of prompts that end in any shard of a prefill, or after several
 TIME = 61  # is filled up to 64, which 2, 4 and 8 shards divide
 ROWS = [[5, 11, 40, 5], [16, 16, 8, 8], [29], [1, 60]]  # documents of rows: across cuts, up to cuts, padding behind
 
@@ -52,8 +53,8 @@ def test_logits_with_all_that_cuts():
 
 @pytest.mark.parametrize(("mesh", "chunk"), TEXTS)
 def test_text(tiny, mesh, chunk):
-    """Prompts that end in any shard of a prefill, or after several, and answers that go on over many blocks of the cache."""
-    prompts = [prompt(n, n) for n in (120, 3, 96, 65)]
+    """Answers that go on over many blocks of the cache."""
+    prompts = [prompt(n, n) for n in LENGTHS]
     options = {"max_new_tokens": 24, "seed": [1, 2, 3, 4], "temperature": 1.0, "top_k": 20, "ignore_eos": True}
     expected = [d.token_ids for d in tiny.generate(prompts, **options)]
     cut = small_model(mesh, context_parallel=True)
@@ -70,10 +71,11 @@ def test_text_of_a_dense_model_in_a_scan():
 
 def test_a_penalty_knows_the_whole_prompt(tiny):
     """Each shard sees its own tokens of the prompt; a repetition penalty is about all of them."""
-    ids, options = [prompt(60)], {"max_new_tokens": 8, "temperature": 0.0, "repetition_penalty": 1e6}
-    (done,) = small_model("8x1", context_parallel=True).generate(ids, **options)
-    assert done.token_ids == tiny.generate(ids, **options)[0].token_ids
-    assert not set(done.token_ids) & set(ids[0])
+    prompts = [prompt(n, n) for n in LENGTHS]
+    options = {"max_new_tokens": 24, "temperature": 0.0, "repetition_penalty": 1e6, "ignore_eos": True}
+    done = small_model("4x2", context_parallel=True).generate(prompts, prefill_chunk=48, **options)
+    assert [d.token_ids for d in done] == [d.token_ids for d in tiny.generate(prompts, **options)]
+    assert not any(set(d.token_ids) & set(ids) for d, ids in zip(done, prompts, strict=True))
 
 
 def test_every_device_holds_its_part_of_the_cache():

@@ -12,7 +12,7 @@ from qwen35_jax.ops.fp8 import Fp8Weight
 from tests.checkpoint import synthetic
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["dense", "moe"])
+@pytest.fixture(scope="module", params=[pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "moe"])
 def directory(request, tmp_path_factory):
     config = synthetic.hf_config(moe=request.param, hidden=128, head_dim=128, linear_head_dim=128, ffn=256, vision=False)
     config["quantization_config"] = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}

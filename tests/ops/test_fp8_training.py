@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Operand
-from qwen35_jax.ops.fp8.blocks import quantize_blocks, round_blocks
+from qwen35_jax.ops.fp8.blocks import quantize_blocks, requantize_blocks, round_blocks
 from qwen35_jax.ops.fp8.reference import products_reference, round_reference
 from qwen35_jax.ops.fp8.training import dequantize_blocks
 from qwen35_jax.ops.grouped_linear import grouped_linear
@@ -242,3 +242,18 @@ def test_grouped_of_nothing():
     x, w, _ = grouped_operands()
     y, back = jax.vjp(lambda x, w: grouped_linear(x, Fp8Operand(w), jnp.zeros(GROUPS, jnp.int32)), x[:0], w)
     assert y.shape == (0, OUT) and not np.asarray(back(y)[1]).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 300, 2, 200), (2, 64, 1, 384), (1, 5, 1, 7), (1, 128, 1, 128), (1, 0, 1, 256)])
+def test_requantised_a_block_at_a_time(shape):
+    """To the bit what the whole array, dequantised, gives along the other axis: ragged ends, short and empty axes."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal(shape) * np.exp(3 * rng.standard_normal(shape))
+    quantised = quantize_blocks(jnp.asarray(x, jnp.float32), (3,))
+    for got, want in zip(
+        jax.jit(requantize_blocks, static_argnums=2)(*quantised, (1,)),
+        quantize_blocks(dequantize_blocks(*quantised), (1,)),
+        strict=True,
+    ):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import jax
@@ -98,24 +99,69 @@ def quantize_blocks(x: jax.Array, blocked_axes: Sequence[int], scale_dtype=jnp.b
     before the values are divided by them, so that no further error is made. NaN and infinity stay visible: an infinite
     entry becomes NaN.
     """
-    x, scales = _scaled(x, blocked_axes, scale_dtype)
-    return _cast(x), scales
+    blocks, entries = _in_blocks(x.astype(jnp.float32), blocked_axes)
+    scaled, scales = _scaled(blocks, entries, scale_dtype)
+    scales = scales.astype(scale_dtype).reshape(scale_shape(x.shape, blocked_axes))
+    return _whole(_written(scaled), x.shape, blocked_axes), scales
+
+
+def requantize_blocks(values: jax.Array, scales: jax.Array, blocked_axes: Sequence[int]) -> tuple[jax.Array, jax.Array]:
+    """`quantize_blocks` along `blocked_axes` of what it made along other axes: never whole in float32."""
+    shape, dtype, axes = values.shape, scales.dtype, [axis % values.ndim for axis in blocked_axes]
+    before = [axis for axis in range(values.ndim) if scales.shape[axis] != shape[axis]]
+    blocks, entries = _in_blocks(values.astype(jnp.float32), [*before, *axes])
+    old, new = ([e for e, axis in zip(entries, sorted({*before, *axes}), strict=True) if axis in of] for of in (before, axes))
+    scaled, scales = _scaled(blocks * jnp.expand_dims(_in_blocks(scales.astype(jnp.float32), axes)[0], old), new, dtype)
+    whole = _whole(scales.squeeze(tuple(new)), scale_shape(shape, axes), before)
+    return _whole(_written(scaled), shape, [*before, *axes]), whole.astype(dtype)
 
 
 def round_blocks(x: jax.Array, blocked_axes: Sequence[int]) -> jax.Array:
     """What `quantize_blocks` makes of x, dequantised again: float32. Cheap on the CPU, where no FP8 array is written."""
-    scaled, scales = _scaled(x, blocked_axes, jnp.bfloat16)
-    return _nearest(_clip(scaled)) * expand_scales(scales, x.shape)
+    blocks, entries = _in_blocks(x.astype(jnp.float32), blocked_axes)
+    scaled, scales = _scaled(blocks, entries, jnp.bfloat16)
+    return _whole(_nearest(_clip(scaled)) * scales, x.shape, blocked_axes)
 
 
-def _scaled(x: jax.Array, blocked_axes: Sequence[int], scale_dtype) -> tuple[jax.Array, jax.Array]:
-    x = x.astype(jnp.float32)
+def _written(scaled: jax.Array) -> jax.Array:
+    """e4m3, of which XLA makes an array: it would keep the float32 numbers for all that reads them, or turn these around."""
+    return jax.lax.optimization_barrier(_cast(scaled))
+
+
+def _scaled(blocks: jax.Array, entries: Sequence[int], scale_dtype) -> tuple[jax.Array, jax.Array]:
+    """float32 numbers in blocks divided by the scales, and these: they are never spread over an array as large."""
     kept = jnp.finfo(scale_dtype)
+    amax = jnp.abs(blocks).max(tuple(entries), keepdims=True)
     # A cast to bfloat16 and back would not do: XLA may leave both out.
-    scales = jax.lax.reduce_precision(_scale_of(_block_amax(x, blocked_axes)), kept.nexp, kept.nmant)
-    # Not x / scales: whether XLA divides or does this depends on what is around, and ties are common among numbers that
+    scales = jax.lax.reduce_precision(_scale_of(amax), kept.nexp, kept.nmant)
+    # Not blocks / scales: whether XLA divides or does this depends on what is around, and ties are common among numbers that
     # were FP8 before.
-    return x * expand_scales(1 / scales, x.shape), scales.astype(scale_dtype)
+    return blocks * (1 / scales), scales
+
+
+def _cut(shape: Sequence[int], blocked_axes: Sequence[int]) -> tuple[list[int], list[int], tuple[int, ...]]:
+    """Of an array in blocks: its shape where whole, the one with an axis of blocks and one of their entries for each blocked
+    axis, and which axes the entries are. A ragged end is filled up; an axis shorter than a block is one."""
+    blocked, whole, cut, entries = {axis % len(shape) for axis in blocked_axes}, [], [], []
+    for axis, size in enumerate(shape):
+        width = min(size, BLOCK) or 1
+        sizes = [-(-size // width), width] if axis in blocked else [size]
+        whole.append(math.prod(sizes))
+        cut += sizes
+        if axis in blocked:
+            entries.append(len(cut) - 1)
+    return whole, cut, tuple(entries)
+
+
+def _in_blocks(x: jax.Array, blocked_axes: Sequence[int]) -> tuple[jax.Array, tuple[int, ...]]:
+    """x in blocks, zeros where it is filled up; and the axes of entries."""
+    whole, cut, entries = _cut(x.shape, blocked_axes)
+    return jnp.pad(x, [(0, n - size) for n, size in zip(whole, x.shape, strict=True)]).reshape(cut), entries
+
+
+def _whole(blocks: jax.Array, shape: Sequence[int], blocked_axes: Sequence[int]) -> jax.Array:
+    """The inverse of `_in_blocks`."""
+    return jax.lax.slice(blocks.reshape(_cut(shape, blocked_axes)[0]), [0] * len(shape), shape)
 
 
 def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -126,14 +172,3 @@ def quantize(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 def quantize_weight(w: jax.Array, blocked_axes: Sequence[int], scale_dtype=jnp.bfloat16) -> Fp8Weight:
     """`quantize_blocks` of a weight."""
     return Fp8Weight(*quantize_blocks(w, blocked_axes, scale_dtype))
-
-
-def _block_amax(x: jax.Array, blocked_axes: Sequence[int]) -> jax.Array:
-    """max |x| of every block: shape `scale_shape(x.shape, blocked_axes)`."""
-    x = jnp.abs(x)
-    for axis in {axis % x.ndim for axis in blocked_axes}:
-        pad = [(0, 0)] * x.ndim
-        pad[axis] = (0, -x.shape[axis] % BLOCK)
-        x = jnp.pad(x, pad)  # zeros do not change a maximum of absolute values
-        x = x.reshape(*x.shape[:axis], -1, BLOCK, *x.shape[axis + 1 :]).max(axis + 1)
-    return x

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8.activations import Fp8Activation
-from qwen35_jax.ops.fp8.blocks import quantize_blocks, round_blocks
+from qwen35_jax.ops.fp8.blocks import quantize_blocks, requantize_blocks, round_blocks
 from qwen35_jax.ops.fp8.statistics import difference, operand_statistics, pack
 from qwen35_jax.ops.fp8.training import Fp8Operand, block_dot, dequantize_blocks, float_dot
 
@@ -100,12 +100,12 @@ def _product_backward(kernel, layout, out_dtype, x_dtype, statistics_axis, resid
     form = functools.partial(_backward, layout)
     if kernel:
         dots = (functools.partial(kernel, dtype) for dtype in (x_dtype, w.dtype))
-        dx, dw = form(quantize_blocks, *dots, (values, scales), w, dy)
+        dx, dw = form(quantize_blocks, requantize_blocks, *dots, (values, scales), w, dy)
     else:
         dx, dw = jax.lax.platform_dependent(
             (values, scales), w, dy,
-            cpu=functools.partial(form, round_blocks, float_dot, float_dot),
-            default=functools.partial(form, quantize_blocks, block_dot, block_dot),
+            cpu=functools.partial(form, round_blocks, _round_again, float_dot, float_dot),
+            default=functools.partial(form, quantize_blocks, requantize_blocks, block_dot, block_dot),
         )  # fmt: skip
     dx, dw = layout.flat(dx, TOKENS, INS).astype(x_dtype), layout.flat(dw, INS, OUTS).astype(w.dtype)
     if statistics_axis is not None:
@@ -127,11 +127,15 @@ def _forward(layout, opened, quantised, dot, x, w):
     return dot(opened(*_activation(layout, *x)), 1, quantised(layout.view(w, INS, OUTS), (1, 3)), 0)
 
 
-def _backward(layout, quantised, dot_x, dot_w, x, w, dy):
+def _backward(layout, quantised, quantised_again, dot_x, dot_w, x, w, dy):
     """The gradients of x and of w: the first sums over results, the second over tokens, and both quantise along them."""
     x, w, dy = _activation(layout, *x), layout.view(w, INS, OUTS), layout.view(dy, TOKENS, OUTS)
     dx = dot_x(quantised(dy, (3,)), 1, quantised(w, (1, 3)), 1)
-    return dx, dot_w(quantised(dequantize_blocks(*x), (1,)), 0, quantised(dy, (1,)), 0)
+    return dx, dot_w(quantised_again(*x, (1,)), 0, quantised(dy, (1,)), 0)
+
+
+def _round_again(values, scales, blocked_axes):
+    return round_blocks(dequantize_blocks(values, scales), blocked_axes)
 
 
 def _statistics(layout, x, values, scales, w, y):
