@@ -36,6 +36,7 @@ WORKLOAD = flags.DEFINE_enum("workload", "decode", WORKLOADS, "decode, prefill, 
 WEIGHT_FORM = flags.DEFINE_enum("weights", "bf16", WEIGHTS, "fp8: weights kept in FP8; in training, products in FP8")
 BATCH = flags.DEFINE_integer("batch", None, "sequences, over all devices; default: 1, in training one a device")
 CONTEXT = flags.DEFINE_integer("context", 4096, "tokens of a sequence: prompt and answer, or a training sequence")
+IMAGE_TOKENS = flags.DEFINE_integer("image_tokens", 0, "of each prompt: tokens of images, for which the vision tower runs too")
 PREFILL_CHUNK = flags.DEFINE_integer("prefill_chunk", 2048, "prompt tokens read at once")
 KERNELS = flags.DEFINE_enum("kernels", "auto", KERNEL_CHOICES, "forms of the ops, as of sample and train")
 COMPILE = flags.DEFINE_integer("compile", 1, "how many of the best meshes are compiled; 0: estimates alone", lower_bound=0)
@@ -70,7 +71,8 @@ def _refuse_with_all() -> None:
 
 def _job(model: str, devices: int) -> Job:
     batch = BATCH.value if BATCH.value is not None else devices if WORKLOAD.value == "train" else 1
-    return Job(model, WORKLOAD.value, WEIGHT_FORM.value, batch, CONTEXT.value, PREFILL_CHUNK.value, KERNELS.value)
+    sizes = {"batch": batch, "context": CONTEXT.value, "chunk": PREFILL_CHUNK.value, "image_tokens": IMAGE_TOKENS.value}
+    return Job(model, WORKLOAD.value, WEIGHT_FORM.value, kernels=KERNELS.value, **sizes)
 
 
 if __name__ == "__main__":

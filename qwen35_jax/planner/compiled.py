@@ -85,7 +85,7 @@ def _compile(placed: Placed, step: Step, topology: Topology) -> Compiled:
 def account(step: Step, compiled: Any) -> Memory:
     """The bytes of a compiled step. Arguments that the program does not use are no arguments to the compiler, but lie there."""
     analysis = compiled.memory_analysis()
-    everything = shard_bytes(step.program.arguments)
+    everything = shard_bytes((step.program.arguments, step.beside))
     used = shard_bytes([x for x, where in zip(*_leaves(step, compiled), strict=True) if where is not None])
     weights, state = shard_bytes(step.weights), shard_bytes(step.state)
     return Memory(

@@ -14,7 +14,8 @@ from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate.generation import capacity_bucket, prompt_buckets, slot_bucket
 from qwen35_jax.generate.steps import abstract_session, make_decode, make_prefill
-from qwen35_jax.model import Model
+from qwen35_jax.generate.vision import make_vision, pack_frames
+from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.program import Program
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
@@ -24,6 +25,7 @@ from qwen35_jax.train.weights import kept_params
 
 WORKLOADS = ("decode", "prefill", "train", "sample")
 WEIGHTS = ("bf16", "fp8")
+IMAGE = 16384  # tokens of the largest image that the published processor makes
 LARGEST = 2**24  # of batch and context: nobody has more, and what follows from them still fits
 
 
@@ -33,7 +35,8 @@ class Job:
 
     decode: a token of each, with `context` tokens in the cache. prefill: prompts of `context` tokens, `chunk` at once.
     sample: both. train: a step of the default configuration (AdamW, float32 masters, bfloat16 computation, remat full).
-    weights: fp8 keeps the weights of inference in FP8; training multiplies in FP8, and its masters stay float32.
+    weights: fp8 keeps the weights of inference in FP8; training multiplies in FP8, and its masters stay float32. image_tokens:
+    so many tokens of each prompt are images, as large as the published processor makes them.
     """
 
     model: str
@@ -43,6 +46,7 @@ class Job:
     context: int = 4096
     chunk: int = 2048
     kernels: str = "auto"
+    image_tokens: int = 0
 
     def __post_init__(self):
         for name, choices in (("model", PRESETS), ("workload", WORKLOADS), ("weights", WEIGHTS)):
@@ -51,6 +55,10 @@ class Job:
         for name in ("batch", "context", "chunk"):
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 to {LARGEST}")
+        if self.image_tokens and not self.prefills:
+            raise UserError("--image_tokens are part of a prompt: they need --workload prefill or sample")
+        if not 0 <= self.image_tokens <= self.context:
+            raise UserError(f"--image_tokens {self.image_tokens}: a prompt has {self.context} tokens (--context)")
 
     def check_context(self) -> None:
         """UserError where the model was not made for so many tokens."""
@@ -82,12 +90,20 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One program of a job, and the arrays on the devices while it runs: they are its arguments, or stay beside it."""
+    """One program of a job, and the arrays on the devices while it runs. `beside`: those of them that are no arguments."""
 
     name: str
     program: Program
     weights: Any
     state: Any
+    beside: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What `pack_frames` wants to know of an image."""
+
+    grid: tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,9 +147,25 @@ class Placed:
         return self.model.abstract_params(stacked=True)
 
     @functools.cached_property
+    def tower(self) -> VisionModel | None:
+        """That reads the images of the prompts, if they have some."""
+        return VisionModel(self.config, self.sharding, self.model.forms) if self.job.image_tokens else None
+
+    @functools.cached_property
+    def images(self) -> tuple[int, int, int]:
+        """Of a call of the tower: rows, patches of a row; and how many calls there are."""
+        parts, side = -(-self.job.image_tokens // IMAGE), self.config.vision.spatial_merge_size
+        picture = Picture((1, side, -(-self.job.image_tokens // parts) * side))
+        shards = self.sharding.size(self.tower.layout.rows)
+        length, rows = pack_frames([picture] * parts * self.job.batch, shards)
+        return shards, length, -(-len(rows) // shards)
+
+    @functools.cached_property
     def weights(self) -> dict:
         """What lies on the devices between the steps: of training the float32 masters."""
-        return kept_params(self.model) if self.job.training else self.params
+        if self.job.training:
+            return kept_params(self.model)
+        return self.params if self.tower is None else self.params | {"vision": self.tower.abstract_params()}
 
     @functools.cached_property
     def state(self) -> Any:
@@ -150,13 +182,17 @@ def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
         run = training_run(job, mesh, devices)
         moments = {name: x for name, x in run.state.items() if name not in ("params", "frozen")}
         return [Step("train", run.train_step(), (run.state["params"], run.state["frozen"]), moments)]
-    model, rows, capacity, steps = placed.model, placed.slots, job.capacity, []
+    model, rows, capacity, programs, tower = placed.model, placed.slots, job.capacity, {}, placed.tower
+    if tower is not None:
+        programs["vision"] = make_vision(tower, *placed.images[:2])
     if job.prefills:
         length = max(prompt_buckets(job.context, job.chunk))
-        steps.append(Step("prefill", make_prefill(model, rows, rows, length, capacity), placed.weights, placed.state))
+        programs["prefill"] = make_prefill(model, rows, rows, length, capacity, vision=tower is not None)
     if job.workload != "prefill":
-        steps.append(Step("decode", make_decode(model, rows, capacity, vocabulary), placed.weights, placed.state))
-    return steps
+        programs["decode"] = make_decode(model, rows, capacity, vocabulary)
+    idle = () if tower is None else placed.weights["vision"]  # while the text model runs
+    beside = {name: (placed.params, placed.state) if name == "vision" else idle for name in programs}
+    return [Step(name, x, placed.weights, placed.state, beside[name]) for name, x in programs.items()]
 
 
 def training_run(job: Job, mesh: str, devices: list) -> Run:

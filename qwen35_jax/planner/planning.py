@@ -67,8 +67,8 @@ def _advice(job: Job, topology: Topology) -> Iterator[str]:
     if job.weights == "bf16" and not job.training and _holds(job.replace(weights="fp8"), topology):
         yield "--weights fp8"
     for name in ("batch", "context"):
-        size = getattr(job, name)
-        while size > 1:
+        size, least = getattr(job, name), max(2, 2 * job.image_tokens if name == "context" else 0)
+        while size >= least:
             size //= 2
             if _holds(job.replace(**{name: size}), topology):
                 yield f"--{name} {size}"

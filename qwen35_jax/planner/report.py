@@ -23,6 +23,7 @@ def lines(plan: Plan) -> Iterator[str]:
     job, topology = plan.job, plan.topology
     kind = f"{topology.chip.name}, {capacity_text(topology)} each"
     tokens = f"batch {job.batch}, context {job.context:,}"
+    tokens += f" (images: {job.image_tokens:,})" if job.image_tokens else ""
     yield f"{job.model}, {job.workload}, {job.weights} weights, {tokens} on {topology}: {topology.size} devices ({kind})"
     yield ""
     yield "Meshes, one device, estimated from abstract arrays:"
@@ -59,7 +60,7 @@ def _meshes(candidates: list[Candidate]) -> Iterator[str]:
     for c in candidates[:SHOWN_MESHES]:
         sizes = "".join(f"{gib(x):>{width}}" for x, width in ((c.weights, 11), (c.state, 11), (c.temporaries, 13)))
         bound = ", ".join(r.bound for r in c.rooflines.values())
-        yield f"  {c.mesh:<10}{sizes}{c.total / c.capacity:>12.0%} {seconds(c.seconds):>16}{bound:>14}"
+        yield f"  {c.mesh:<10}{sizes}{c.total / c.capacity:>12.0%} {seconds(c.seconds):>16} {bound:>13}"
     if len(candidates) > SHOWN_MESHES:
         yield f"  and {len(candidates) - SHOWN_MESHES} more"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.planner import links
-from qwen35_jax.planner.jobs import Placed, shard_bytes
+from qwen35_jax.planner.jobs import IMAGE, Placed, shard_bytes
 from qwen35_jax.planner.topologies import Topology
 
 ASSUMPTIONS = (
@@ -97,8 +97,10 @@ class Pass:
 
 
 def make_roofline(placed: Placed, step: str, topology: Topology, transfers: list[Transfer] | None = None) -> Roofline:
-    """Of one step of a job (decode: one token of each sequence; prefill: the whole prompts). `transfers`: those of one pass of
-    the compiled program, in place of those that the model's form asks for."""
+    """Of one step of a job (decode: one token of each sequence; prefill: the whole prompts; vision: all their images).
+    `transfers`: those of one pass of the compiled program, in place of those that the model's form asks for."""
+    if step == "vision":
+        return _vision_roofline(placed, topology, transfers)
     job, chip, mesh = placed.job, topology.chip, placed.sharding.mesh
     one = one_pass(placed, step)
     operations = _operations(one) * one.count * (4 if step == "train" else 1)
@@ -256,3 +258,36 @@ def _parameter_transfers(placed: Placed) -> list[Transfer]:
     parts = [(dense, [a for a in ("replica", "data") if shape[a] > 1]), (experts, ["replica"] if shape["replica"] > 1 else [])]
     kinds = (("all-gather", 2), ("reduce-scatter", 1))
     return [Transfer(kind, size, tuple(axes), n) for size, axes in parts if axes and size for kind, n in kinds]
+
+
+def vision_ways(placed: Placed) -> int:
+    """Over how many devices an image's heads and features are cut."""
+    return placed.sharding.model if placed.tower.layout.heads == "N" else 1
+
+
+def _vision_roofline(placed: Placed, topology: Topology, transfers: list[Transfer] | None) -> Roofline:
+    """Of all calls of the tower; an image's patches see one another."""
+    v, ways, (_, length, calls) = placed.config.vision, vision_ways(placed), placed.images
+    d, merged = v.hidden_size, v.hidden_size * v.spatial_merge_size**2
+    seen = min(placed.job.image_tokens, IMAGE) * v.spatial_merge_size**2
+    patch = d * v.in_channels * v.temporal_patch_size * v.patch_size**2
+    block = (4 * d * d + 2 * d * v.intermediate_size + 2 * seen * d) // ways
+    merger = merged * (merged + v.out_hidden_size) // ways
+    tokens = length // v.spatial_merge_size**2
+    operations = 2 * calls * (length * (patch + v.depth * block) + tokens * merger)
+    widths = 6 * d + 2 * (d + v.intermediate_size)  # of a block's products, in and out
+    memory = {
+        "vision tower": calls * shard_bytes(placed.weights["vision"]),
+        "activations": calls * length * v.depth * 2 * widths // ways,
+    }
+    if transfers is None:
+        sums = 2 * v.depth + 1 if ways > 1 else 0
+        transfers = [Transfer("all-reduce", length * d * 4, ("model",), sums)] if sums else []
+    return Roofline(
+        operations,
+        memory,
+        operations / topology.chip.bf16,
+        sum(memory.values()) / topology.chip.hbm_bandwidth,
+        calls * sum(transfer_seconds(t, placed.sharding.mesh, topology) for t in transfers),
+        placed.job.batch * placed.job.image_tokens,
+    )

@@ -12,7 +12,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.moe.products import BUFFER_BYTES
 from qwen35_jax.planner.compiled import FULL
 from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
-from qwen35_jax.planner.roofline import Roofline, make_roofline, one_pass
+from qwen35_jax.planner.roofline import Roofline, make_roofline, one_pass, vision_ways
 from qwen35_jax.planner.topologies import Topology, stand_ins
 from qwen35_jax.sharding import make_mesh, parse_mesh
 
@@ -83,6 +83,7 @@ def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:
     """UserError where the devices do not form the mesh, the model cannot be cut so, or the batch not be spread."""
     placed = Placed.on(job, make_mesh(mesh, stand_ins(topology)))
     steps = ("prefill", "decode") if job.workload == "sample" else (job.workload,)
+    steps = ("vision", *steps) if job.image_tokens else steps
     rooflines = {step: make_roofline(placed, step, topology) for step in steps}
     temporaries = max(_temporaries(placed, step) for step in steps)
     return Candidate(mesh, shard_bytes(placed.weights), shard_bytes(placed.state), temporaries, rooflines, topology.hbm)
@@ -90,7 +91,11 @@ def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:
 
 def _temporaries(placed: Placed, step: str) -> int:
     """The large buffers: one unit's weights, the experts' (rows of a pass, or tokens of their group), and in training the
-    units' inputs that are kept, the gradients, the gathered unit with its own, and the gathered embedding and head."""
+    units' inputs that are kept, the gradients, the gathered unit with its own, and the gathered embedding and head. Of the tower
+    a row's features and its block's."""
+    if step == "vision":
+        v = placed.config.vision
+        return placed.images[1] * (2 * v.intermediate_size // vision_ways(placed) + 6 * v.hidden_size)
     c, one = placed.config, one_pass(placed, step)
     tokens, width, train = one.tokens, placed.config.hidden_size, step == "train"
     unit = shard_bytes(placed.params["units"]) // c.num_units

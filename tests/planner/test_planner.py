@@ -222,3 +222,29 @@ def test_training_with_one_sequence_a_device(text, gathered):
     counts = parameter_counts(ModelConfig.preset("397b-a17b"))
     masters_and_moments = 12 * (counts["text"] + counts["mtp"])
     assert best.weights + best.state == pytest.approx(masters_and_moments / 512, rel=0.01)
+
+
+def test_images_of_a_prompt():
+    """16,384 tokens are one image of 65,536 patches, the largest; the tower's weights lie beside the model's."""
+    job = Job("0.8b", "prefill", context=20480, image_tokens=16384)
+    here = placed(job, "1x4", "v5p:2x2x1")
+    rows, patches, calls = here.images
+    assert (patches, calls) == (65536, 1) and rows == here.sharding.size(here.tower.layout.rows)
+    found = estimate(job, "1x4", parse_topology("v5p:2x2x1"))
+    without = estimate(job.replace(image_tokens=0), "1x4", parse_topology("v5p:2x2x1"))
+    assert list(found.rooflines) == ["vision", "prefill"] and list(without.rooflines) == ["prefill"]
+    assert found.weights - without.weights == shard_bytes(here.tower.abstract_params())
+    # The scores of 65,536 patches and what they weigh are 158 Tflop of 12 blocks of 768 features; products are a tenth of that.
+    ways = 4 if here.tower.layout.heads == "N" else 1
+    assert 160e12 < found.rooflines["vision"].operations * ways < 175e12
+    two = placed(job.replace(context=32768, image_tokens=20000), "1x4", "v5p:2x2x1")
+    assert two.images[1] >= 4 * 10000 and two.images[0] * two.images[2] >= 2
+
+
+@pytest.mark.parametrize(
+    ("workload", "tokens", "message"),
+    [("decode", 8, "need --workload prefill or sample"), ("prefill", 5000, "a prompt has 4096")],
+)
+def test_images_that_cannot_be(workload, tokens, message):
+    with pytest.raises(UserError, match=message):
+        Job("0.8b", workload, image_tokens=tokens)
