@@ -125,6 +125,7 @@ class LoraWeights(Weights):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gathered(wanted: NamedSharding, kept: NamedSharding, dtype, x: jax.Array) -> jax.Array:
     """x cast and laid out as wanted; its gradient is laid out as x is kept, so that summing it over the data axes scatters it."""
+    x = jax.lax.optimization_barrier(x)  # else XLA casts all units before the scan that takes them one by one, and holds both
     return jax.lax.with_sharding_constraint(x.astype(dtype), wanted)
 
 

@@ -96,7 +96,7 @@ def _product_forward(kernel, layout, out_dtype, x_dtype, statistics_axis, x, val
 
 def _product_backward(kernel, layout, out_dtype, x_dtype, statistics_axis, residuals, dy):
     values, scales, w, statistics = residuals
-    dy = dy.astype(x_dtype)
+    dy = jax.lax.optimization_barrier(dy.astype(x_dtype))  # else XLA quantises, and holds, what it was before it was rounded
     form = functools.partial(_backward, layout)
     if kernel:
         dots = (functools.partial(kernel, dtype) for dtype in (x_dtype, w.dtype))
