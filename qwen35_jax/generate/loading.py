@@ -119,13 +119,14 @@ def load(
         model,
         params,
         *text,
-        vision=_vision(model, stored, directory, seed),
+        # The packaged processor files are of its own tower; the published sizes have the published settings.
+        vision=_vision(model, stored, None if name in PRESETS and name != "tiny" else directory, seed),
         random_weights=random_weights,
         load_seconds=time.perf_counter() - begin,
     )
 
 
-def _vision(model: Model, source: TensorSource | None, directory: epath.PathLike, seed: int) -> Vision | None:
+def _vision(model: Model, source: TensorSource | None, directory: epath.PathLike | None, seed: int) -> Vision | None:
     """The tower, whose parameters are read when the first picture comes; None for a model, or a checkpoint, without one."""
     config = model.config
     if config.vision is None or config.image_token_id is None or config.video_token_id is None:

@@ -62,8 +62,8 @@ class VisionSettings:
         return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
 
     @classmethod
-    def from_directory(cls, directory: epath.PathLike, vision: VisionConfig) -> VisionSettings:
-        """Of a checkpoint directory; `vision` is its model's. UserError where the files ask for what is not done here."""
+    def from_directory(cls, directory: epath.PathLike | None, vision: VisionConfig) -> VisionSettings:
+        """Of a checkpoint directory, if there is one; `vision` is its model's. UserError where the files ask for what is not done here."""
         sizes = {
             "patch_size": vision.patch_size,
             "temporal_patch_size": vision.temporal_patch_size,
@@ -71,7 +71,7 @@ class VisionSettings:
         }
         values: dict[str, Any] = dict(sizes)
         for name, kind in ((IMAGE_FILE, "image"), (VIDEO_FILE, "video")):
-            raw = read_json_object(directory, name)
+            raw = None if directory is None else read_json_object(directory, name)
             if raw is None:
                 continue
             where = str(epath.Path(directory) / name)

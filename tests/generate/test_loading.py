@@ -10,6 +10,8 @@ import pytest
 
 import qwen35_jax
 from qwen35_jax import UserError
+from qwen35_jax.model import Model
+from qwen35_jax.vision_io import VisionSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
 
@@ -28,6 +30,12 @@ def test_wrong_arguments(tmp_path, monkeypatch, name, options, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         qwen35_jax.load(name, **options)
+
+
+def test_published_sizes_have_the_published_processor(monkeypatch):
+    """And not that of the packaged model, whose tokenizer they borrow."""
+    monkeypatch.setattr(Model, "init_params", lambda model, seed, stacked: model.abstract_params(stacked))
+    assert qwen35_jax.load("0.8b").vision.settings == VisionSettings()
 
 
 def test_end_tokens_are_counted(tmp_path):
