@@ -63,7 +63,10 @@ class VisionSettings:
 
     @classmethod
     def from_directory(cls, directory: epath.PathLike | None, vision: VisionConfig) -> VisionSettings:
-        """Of a checkpoint directory, if there is one; `vision` is its model's. UserError where the files ask for what is not done here."""
+        """Of a checkpoint directory, if there is one; `vision` is its model's.
+
+        Raises UserError where the files ask for what is not done here.
+        """
         sizes = {
             "patch_size": vision.patch_size,
             "temporal_patch_size": vision.temporal_patch_size,
