@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +20,7 @@ from qwen35_jax.model import VisionModel
 from qwen35_jax.sharding import Sharding, make_mesh
 from qwen35_jax.vision_io import Visual
 
+ROOT = Path(__file__).parents[2]
 GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
 LIMIT = 1e-4  # relative; float32 sums in another order give about 1e-6
 
@@ -90,6 +95,16 @@ def test_memory_of_a_large_image():
     used = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
     print(f"65,536 patches through the 0.8b tower: {used / 2**30:.2f} GiB")
     assert used < 4 << 30
+
+
+def test_an_image_of_a_thousand_pixels_goes_through():
+    """From a file to the rows that the text model reads, in the 0.8b tower; the rows are finite, or the program would fail."""
+    command = [sys.executable, "-m", "benchmarks.vision", "--side", "1024"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    (peak,) = re.findall(r"tower: .* 1024 rows, peak ([\d.]+) GiB", done.stdout)
+    assert "grid 1 x 64 x 64" in done.stdout and float(peak) < 8
 
 
 def test_random_parameters_are_the_same_on_every_mesh():
