@@ -78,7 +78,7 @@ def load(
     """
     begin = time.perf_counter()
     use_compilation_cache()
-    name, source = os.fspath(path_or_id_or_preset), None
+    name = os.fspath(path_or_id_or_preset)
     if not name:
         raise UserError("no model is named: give a directory, a hub id or a preset")
     if name in PRESETS and revision is not None:
@@ -86,10 +86,9 @@ def load(
     if not 0 <= seed <= LARGEST_SEED:
         raise UserError(f"seed is {seed}; it must be 0 to {LARGEST_SEED}")
     sharding = Sharding(make_mesh(mesh), context_parallel)
-    if name in PRESETS and name != "tiny":
-        config, directory = ModelConfig.preset(name), TINY
-        random_weights = True
-    elif name == "tiny":
+    published = name in PRESETS and name != "tiny"
+    random_weights |= published
+    if name in PRESETS:
         config, directory = ModelConfig.preset(name), TINY
         source = None if random_weights else open_source(str(TINY))
     else:
@@ -119,8 +118,8 @@ def load(
         model,
         params,
         *text,
-        # The packaged processor files are of its own tower; the published sizes have the published settings.
-        vision=_vision(model, stored, None if name in PRESETS and name != "tiny" else directory, seed),
+        # Of the packaged model they borrow the tokenizer, but not the processor, which is of its own tower.
+        vision=_vision(model, stored, None if published else directory, seed),
         random_weights=random_weights,
         load_seconds=time.perf_counter() - begin,
     )

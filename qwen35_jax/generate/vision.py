@@ -36,6 +36,11 @@ class Frame:
     stop: int
 
 
+def row_length(largest: int, patches: int, shards: int) -> int:
+    """That of rows for frames of so many `patches` in all, and of at most `largest`: `shards` rows run at once."""
+    return row_bucket(max(largest, min(-(-patches // shards), SHARED_ROW)))
+
+
 def pack_frames(visuals: Sequence[Visual], shards: int) -> tuple[int, list[list[Frame]]]:
     """(length, rows): every frame of the visuals, in order, in rows of at most `length` patches; `shards` rows run at once."""
     frames = []
@@ -43,7 +48,7 @@ def pack_frames(visuals: Sequence[Visual], shards: int) -> tuple[int, list[list[
         size = visual.grid[1] * visual.grid[2]
         frames += [Frame(i, t * size, (t + 1) * size) for t in range(visual.grid[0])]
     sizes = [f.stop - f.start for f in frames]
-    length = row_bucket(max(*sizes, min(-(-sum(sizes) // shards), SHARED_ROW)))
+    length = row_length(max(sizes), sum(sizes), shards)
     rows: list[list[Frame]] = []
     room = 0
     for frame, size in zip(frames, sizes, strict=True):

@@ -14,7 +14,7 @@ from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate.generation import capacity_bucket, prompt_buckets, slot_bucket
 from qwen35_jax.generate.steps import abstract_session, make_decode, make_prefill
-from qwen35_jax.generate.vision import make_vision, pack_frames
+from qwen35_jax.generate.vision import make_vision, row_length
 from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.program import Program
@@ -100,13 +100,6 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
-    """What `pack_frames` wants to know of an image."""
-
-    grid: tuple[int, int, int]
-
-
-@dataclasses.dataclass(frozen=True)
 class Placed:
     """A job on a mesh (stand-ins will do): the model and its abstract arrays."""
 
@@ -154,11 +147,11 @@ class Placed:
     @functools.cached_property
     def images(self) -> tuple[int, int, int]:
         """Of a call of the tower: rows, patches of a row; and how many calls there are."""
-        parts, side = -(-self.job.image_tokens // IMAGE), self.config.vision.spatial_merge_size
-        picture = Picture((1, side, -(-self.job.image_tokens // parts) * side))
+        parts, merged = -(-self.job.image_tokens // IMAGE), self.config.vision.spatial_merge_size**2
+        size, count = -(-self.job.image_tokens // parts) * merged, parts * self.job.batch
         shards = self.sharding.size(self.tower.layout.rows)
-        length, rows = pack_frames([picture] * parts * self.job.batch, shards)
-        return shards, length, -(-len(rows) // shards)
+        length = row_length(size, size * count, shards)
+        return shards, length, -(-count // (length // size * shards))
 
     @functools.cached_property
     def weights(self) -> dict:
