@@ -92,7 +92,7 @@ class Weights:
 
         def leaf(x: jax.Array, forms: tuple) -> jax.Array:
             places = (NamedSharding(form.sharding.mesh, P(*form.sharding.spec[stacked:])) for form in forms)
-            return _gathered(*places, forms[0].dtype, x)
+            return _gathered(*places, forms[0].dtype, bool(stacked), x)
 
         tree = jax.tree.map(leaf, tree, _node(self._forms, prefix))
         return tree if self.fp8 is None else self.fp8.wrap(tree, f"{prefix}/", self.statistics)
@@ -122,18 +122,19 @@ class LoraWeights(Weights):
         return merge_lora(super()._gather(prefix, frozen), factors, self.config, axes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _gathered(wanted: NamedSharding, kept: NamedSharding, dtype, x: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _gathered(wanted: NamedSharding, kept: NamedSharding, dtype, scanned: bool, x: jax.Array) -> jax.Array:
     """x cast and laid out as wanted; its gradient is laid out as x is kept, so that summing it over the data axes scatters it."""
-    x = jax.lax.optimization_barrier(x)  # else XLA casts all units before the scan that takes them one by one, and holds both
+    if scanned:  # else XLA casts all units before the scan that takes them one by one, and holds both
+        x = jax.lax.optimization_barrier(x)
     return jax.lax.with_sharding_constraint(x.astype(dtype), wanted)
 
 
-def _gathered_forward(wanted, kept, dtype, x):
-    return _gathered(wanted, kept, dtype, x), jnp.zeros((), x.dtype)
+def _gathered_forward(wanted, kept, dtype, scanned, x):
+    return _gathered(wanted, kept, dtype, scanned, x), jnp.zeros((), x.dtype)
 
 
-def _gathered_backward(wanted, kept, dtype, like, gradient):
+def _gathered_backward(wanted, kept, dtype, scanned, like, gradient):
     return (jax.lax.with_sharding_constraint(gradient, kept).astype(like.dtype),)
 
 
