@@ -83,7 +83,7 @@ def _call(tile: Tile, many: bool, x, row_scales, w, scales, group_sizes, out_dty
     (rows, terms), (groups, _, columns) = x.shape, w.shape
     count, tiles, group, starts = visits(group_sizes, rows, tile.rows)
     weights = jax.lax.cummax(jnp.where(group < groups, group, 0))  # rows beyond the groups need none: nothing new is read
-    blocks = scales.shape[1:]
+    scales = scales.reshape(groups, 1, -1)  # flat: a row of few scales would take 128 in memory
 
     def w_index(n, v, k, tiles, group, weights, starts):  # where the dequantised weight is kept, nothing is read again
         seen = (v > 0) & (weights[v] == weights[jnp.maximum(v - 1, 0)])
@@ -93,7 +93,9 @@ def _call(tile: Tile, many: bool, x, row_scales, w, scales, group_sizes, out_dty
     in_specs = [
         pl.BlockSpec((tile.rows, tile.terms), lambda n, v, k, tiles, *_: (tiles[v], k)),
         pl.BlockSpec((None, tile.terms, tile.columns), w_index),
-        pl.BlockSpec((None, *blocks), lambda n, v, k, tiles, group, weights, _: (weights[v], 0, 0), memory_space=pltpu.SMEM),
+        pl.BlockSpec(
+            (None, *scales.shape[1:]), lambda n, v, k, tiles, group, weights, _: (weights[v], 0, 0), memory_space=pltpu.SMEM
+        ),
     ]
     operands, scratch = [x, w, scales], [fp8.float32_scratch((tile.rows, tile.columns))]
     if row_scales is not None:
@@ -101,7 +103,7 @@ def _call(tile: Tile, many: bool, x, row_scales, w, scales, group_sizes, out_dty
         operands.append(row_scales)
     if many:
         scratch.append(pltpu.VMEM((tile.steps, tile.terms, tile.columns), x.dtype))
-    kernel = functools.partial(_kernel, tile, groups, row_scales is not None, many)
+    kernel = functools.partial(_kernel, tile, groups, columns // BLOCK, row_scales is not None, many)
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -122,7 +124,7 @@ def _call(tile: Tile, many: bool, x, row_scales, w, scales, group_sizes, out_dty
     )(tiles, group, weights, starts, *operands)
 
 
-def _kernel(tile: Tile, groups: int, quantized: bool, many: bool, *refs):
+def _kernel(tile: Tile, groups: int, width: int, quantized: bool, many: bool, *refs):
     """One step of the sum of one visit; float32 sums in VMEM until the last, which writes the group's rows of the tile."""
     tiles_ref, group_ref, weights_ref, starts_ref, x_ref, w_ref, scales_ref, *refs = refs
     row_scales_ref = refs.pop(0) if quantized else None
@@ -132,7 +134,7 @@ def _kernel(tile: Tile, groups: int, quantized: bool, many: bool, *refs):
     group, before = group_ref[v], jnp.maximum(v - 1, 0)
 
     def scale(a: int, b: int):
-        return scales_ref[k * tile.blocks + a, n * (tile.columns // BLOCK) + b]
+        return scales_ref[0, (k * tile.blocks + a) * width + n * (tile.columns // BLOCK) + b]
 
     @pl.when(k == 0)
     def _():
