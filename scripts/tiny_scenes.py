@@ -76,6 +76,19 @@ def _look(rng: random.Random) -> tuple[str, str, str]:
     return colour, rng.choice(SHAPES), background
 
 
+def _looks(rng: random.Random, colour: str, shape: str, count: int = 1) -> tuple[Asked, Asked]:
+    """What can be asked wherever all shapes are alike."""
+    if count > 1:
+        colours = ("What colour are they?", "What colour are the {shapes}?", "Which colour are the {shapes}?")
+        shapes, it = ("What shape are they?", "Which shapes are these?", "What shapes do you see?"), "They are"
+    else:
+        colours = ("What colour is it?", "What colour is the {shape}?", "Which colour is the {shape}?", "Name the colour.")
+        shapes, it = ("What shape is it?", "Which shape is this?", "What shape do you see?", "Name the shape."), "It is"
+    words = {"shape": shape, "shapes": plural(shape)}
+    is_shape = f"{it} {plural(shape) if count > 1 else f'a {shape}'}."
+    return ask(rng, "colour", colours, f"{it} {colour}.", **words), ask(rng, "shape", shapes, is_shape)
+
+
 def _turn(rng: random.Random) -> float:
     """A little off the upright, so that a square does not become a diamond."""
     return rng.uniform(-0.04, 0.04)
@@ -88,15 +101,8 @@ def single(rng: random.Random, held: bool) -> Scene:
     radius = rng.uniform(9, 0.4 * min(image.size))
     (centre,) = drawing.spread(rng, image.size, 1, radius)
     drawing.shape(image, shape, centre, radius, drawing.shade(rng, COLOURS[colour]), _turn(rng))
-    colours = ("What colour is it?", "What colour is the {shape}?", "Which colour is the {shape}?", "Name the colour.")
-    shapes = ("What shape is it?", "Which shape is this?", "What shape do you see?", "Name the shape.")
     both = ("What do you see?", "Describe the picture.", "What is in the picture?", "What is this?")
-    asked = (
-        ask(rng, "colour", colours, f"It is {colour}.", shape=shape),
-        ask(rng, "shape", shapes, f"It is a {shape}."),
-        ask(rng, "colour and shape", both, named(colour, shape)),
-    )
-    return Scene(name, (image,), asked)
+    return Scene(name, (image,), (*_looks(rng, colour, shape), ask(rng, "colour and shape", both, named(colour, shape))))
 
 
 def counted(rng: random.Random, held: bool) -> Scene:
@@ -110,7 +116,8 @@ def counted(rng: random.Random, held: bool) -> Scene:
         drawing.shape(image, shape, centre, radius, drawing.shade(rng, COLOURS[colour]), _turn(rng))
     questions = ("How many {shapes} are there?", "Count the {shapes}.", "How many {shapes} do you see?")
     answer = f"There {'is' if count == 1 else 'are'} {count} {plural(shape, count)}."
-    return Scene(name, (image,), (ask(rng, "count to five", questions, answer, shapes=plural(shape)),))
+    asked = ask(rng, "count to five", questions, answer, shapes=plural(shape))
+    return Scene(name, (image,), (asked, *_looks(rng, colour, shape, count)))
 
 
 def digit(rng: random.Random, held: bool) -> Scene:
@@ -138,7 +145,8 @@ def placed(rng: random.Random, held: bool) -> Scene:
     centre = [(at + rng.uniform(-0.06, 0.06)) * side for at, side in zip(places[place], image.size, strict=True)]
     drawing.shape(image, shape, tuple(centre), rng.uniform(6, 11), drawing.shade(rng, COLOURS[colour]), _turn(rng))
     questions = ("Where is the {shape}?", "Where do you see the {shape}?", "In which part of the picture is the {shape}?")
-    return Scene(name, (image,), (ask(rng, "place", questions, f"The {shape} is {place}.", shape=shape),))
+    asked = ask(rng, "place", questions, f"The {shape} is {place}.", shape=shape)
+    return Scene(name, (image,), (asked, *_looks(rng, colour, shape)))
 
 
 def paired(rng: random.Random, held: bool) -> Scene:
@@ -199,7 +207,7 @@ def moving(rng: random.Random, held: bool) -> Scene:
         drawing.shape(frames[-1], shape, (start[0] + i * step[0], start[1] + i * step[1]), radius, fill, turn)
     questions = ("Which way does the {shape} move?", "Where does the {shape} go?", "In which direction does it move?")
     asked = ask(rng, "direction of motion", questions, f"It moves {direction}.", shape=shape)
-    return Scene(name, tuple(frames), (asked,))
+    return Scene(name, tuple(frames), (asked, *_looks(rng, colour, shape)))
 
 
 def _start(rng: random.Random, way: int, distance: float, radius: float) -> float:
