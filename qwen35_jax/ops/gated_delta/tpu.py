@@ -47,7 +47,8 @@ def gated_delta_rule(q, k, v, g, beta, initial_state, segment_ids, normalize_qk)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, key_width, value_width), jnp.float32)
     out, final = _rule(*tokens, g, beta, initial_state.astype(jnp.float32), whole)
-    return out[:, :time].reshape(v.shape).astype(v.dtype), final
+    out = out[:, :time].reshape(v.shape).astype(v.dtype)
+    return jax.lax.optimization_barrier(out), final  # else XLA lays heads out anew behind the norm's cast to float32, twice
 
 
 def _tile(whole: Tile, most: int) -> Tile:
