@@ -18,7 +18,7 @@ from qwen35_jax.generate.multimodal import Placed, step_arrays
 from qwen35_jax.generate.sampling import SamplingParams, control_arrays
 from qwen35_jax.model import Model
 from qwen35_jax.program import placing
-from qwen35_jax.sharding import to_host
+from qwen35_jax.sharding import Sharding, to_host
 
 SMALLEST_BUCKET = 64
 # A shard's convolution takes its window, three tokens, from the shard before it alone.
@@ -81,6 +81,17 @@ def capacity_bucket(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def prompt_layout(sharding: Sharding, prompt: int, longest: int, chunk: int) -> tuple[list[int], int]:
+    """(lengths of the prefill calls, length of the cache) for prompts of up to `prompt` tokens, `longest` with what is written,
+    read `chunk` at once. With context parallelism the cache is a multiple of a call: each shard keeps its part of every one."""
+    if not sharding.context_parallel:
+        chunks = prompt_buckets(prompt, chunk)
+        return chunks, capacity_bucket(max(longest, sum(chunks)))
+    chunks = context_buckets(prompt, chunk, sharding.size("T"))
+    capacity = capacity_bucket(max(longest, sum(chunks)))
+    return chunks, -(-capacity // chunks[0]) * chunks[0]
+
+
 def slot_bucket(rows: int, shards: int) -> int:
     """Slots for `rows` prompts: the same power of two on each data shard; what is left over are dead rows."""
     each = 1
@@ -133,16 +144,10 @@ class Generation:
         self.programs, self.requests, self.timing = programs, requests, Timing()
         sharding = programs.model.sharding
         lengths = [len(r.tokens) for r in requests]
-        self.chunks = prompt_buckets(max(lengths), prefill_chunk)
-        if sharding.context_parallel:
-            self.chunks = context_buckets(max(lengths), prefill_chunk, sharding.size("T"))
         self.slots = slot_bucket(len(requests), sharding.batch)
         longest = max(len(r.tokens) + r.max_new_tokens for r in requests)
-        self.capacity = capacity_bucket(max(longest, sum(self.chunks)))
-        self.decode_options = {}
-        if sharding.context_parallel:
-            self.capacity = -(-self.capacity // self.chunks[0]) * self.chunks[0]
-            self.decode_options = {"chunk": self.chunks[0]}
+        self.chunks, self.capacity = prompt_layout(sharding, max(lengths), longest, prefill_chunk)
+        self.decode_options = {"chunk": self.chunks[0]} if sharding.context_parallel else {}
         self.controls = self._controls()
         # Batches of text alone need not carry rows of the vision tower along.
         self.vision = any(r.placed for r in requests)

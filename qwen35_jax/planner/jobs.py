@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.generate.generation import capacity_bucket, prompt_buckets, slot_bucket
+from qwen35_jax.generate.generation import capacity_bucket, prompt_layout, slot_bucket
 from qwen35_jax.generate.steps import abstract_session, make_decode, make_prefill
 from qwen35_jax.generate.vision import make_vision, row_length
 from qwen35_jax.model import Model, VisionModel
@@ -36,7 +36,8 @@ class Job:
     decode: a token of each, with `context` tokens in the cache. prefill: prompts of `context` tokens, `chunk` at once.
     sample: both. train: a step of the default configuration (AdamW, float32 masters, bfloat16 computation, remat full).
     weights: fp8 keeps the weights of inference in FP8; training multiplies in FP8, and its masters stay float32. image_tokens:
-    so many tokens of each prompt are images, as large as the published processor makes them.
+    so many tokens of each prompt are images, as large as the published processor makes them. moe, fully_sharded,
+    context_parallel and yarn (0: as the model is) are those of `sample`; training knows the first and the third.
     """
 
     model: str
@@ -47,6 +48,10 @@ class Job:
     chunk: int = 2048
     kernels: str = "auto"
     image_tokens: int = 0
+    moe: str = "auto"
+    fully_sharded: bool = False
+    context_parallel: bool = False
+    yarn: float = 0.0
 
     def __post_init__(self):
         for name, choices in (("model", PRESETS), ("workload", WORKLOADS), ("weights", WEIGHTS)):
@@ -59,6 +64,10 @@ class Job:
             raise UserError("--image_tokens are part of a prompt: they need --workload prefill or sample")
         if not 0 <= self.image_tokens <= self.context:
             raise UserError(f"--image_tokens {self.image_tokens}: a prompt has {self.context} tokens (--context)")
+        if self.training and (self.fully_sharded or self.yarn):
+            raise UserError("--fully_sharded and --yarn are of inference; training cuts all that it keeps anyway")
+        if self.training and self.context_parallel and self.weights == "fp8":
+            raise UserError("--context_parallel does not go with FP8 training: its blocks of tokens would lie across devices")
 
     def check_context(self) -> None:
         """UserError where the model was not made for so many tokens."""
@@ -69,16 +78,12 @@ class Job:
     @property
     def config(self) -> ModelConfig:
         fp8 = self.weights == "fp8" and not self.training
-        return ModelConfig.preset(self.model).replace(fp8_weights=fp8)
+        config = ModelConfig.preset(self.model).replace(fp8_weights=fp8)
+        return config.with_yarn(self.yarn) if self.yarn else config
 
     @property
     def training(self) -> bool:
         return self.workload == "train"
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that the cache of a sequence holds, as `sample` rounds them up."""
-        return capacity_bucket(max(self.context, sum(prompt_buckets(self.context, self.chunk)) if self.prefills else 0))
 
     @property
     def prefills(self) -> bool:
@@ -109,12 +114,19 @@ class Placed:
     @classmethod
     def on(cls, job: Job, mesh: Mesh) -> Placed:
         """UserError where the model cannot be cut, or the batch not be spread, as the mesh asks."""
-        sharding = Sharding(mesh)
-        check_mesh(job.config, sharding)
+        config, sharding = job.config, Sharding(mesh, job.context_parallel)
+        check_mesh(config, sharding)
+        shape = "x".join(str(n) for n in mesh.devices.shape)
         if job.training and job.batch % sharding.batch:
-            shape = "x".join(str(n) for n in mesh.devices.shape)
             raise UserError(f"--batch {job.batch} is no multiple of the {sharding.batch} data shards of mesh {shape}")
-        return cls(job, Model(job.config, sharding, resolve_forms(mesh, job.config, job.kernels)))
+        if job.training and job.context % sharding.size("T"):
+            raise UserError(
+                f"--context {job.context} is no multiple of the {sharding.size('T')} parts of a sequence of mesh {shape}"
+            )
+        if job.fully_sharded and mesh.size == sharding.model:
+            raise UserError(f"--fully_sharded cuts weights over the data axes, but mesh {shape} has none")
+        forms = resolve_forms(mesh, config, job.kernels, job.moe, context_parallel=job.context_parallel)
+        return cls(job, Model(config, sharding, forms, job.fully_sharded))
 
     @property
     def config(self) -> ModelConfig:
@@ -135,14 +147,26 @@ class Placed:
         return self.slots // self.sharding.batch
 
     @functools.cached_property
+    def layout(self) -> tuple[list[int], int]:
+        """(lengths of the prefill calls, tokens that the cache of a sequence holds), as `sample` has them."""
+        context = self.job.context
+        if not self.job.prefills and not self.sharding.context_parallel:
+            return [], capacity_bucket(context)
+        return prompt_layout(self.sharding, context, context, self.job.chunk)
+
+    @property
+    def capacity(self) -> int:
+        return self.layout[1]
+
+    @functools.cached_property
     def params(self) -> dict:
-        """The abstract parameters as the model takes them."""
-        return self.model.abstract_params(stacked=True)
+        """The abstract parameters as products take them: where they are fully sharded, as gathered for a unit."""
+        return dataclasses.replace(self.model, fully_sharded=False).abstract_params(stacked=True)
 
     @functools.cached_property
     def tower(self) -> VisionModel | None:
         """That reads the images of the prompts, if they have some."""
-        return VisionModel(self.config, self.sharding, self.model.forms) if self.job.image_tokens else None
+        return VisionModel(self.config, Sharding(self.sharding.mesh), self.model.forms) if self.job.image_tokens else None
 
     @functools.cached_property
     def images(self) -> tuple[int, int, int]:
@@ -158,14 +182,15 @@ class Placed:
         """What lies on the devices between the steps: of training the float32 masters."""
         if self.job.training:
             return kept_params(self.model)
-        return self.params if self.tower is None else self.params | {"vision": self.tower.abstract_params()}
+        params = self.model.abstract_params(stacked=True)
+        return params if self.tower is None else params | {"vision": self.tower.abstract_params()}
 
     @functools.cached_property
     def state(self) -> Any:
         """The decoding state; of training AdamW's two moments of each parameter."""
         if self.job.training:
             return self.weights, self.weights
-        return abstract_session(self.model, self.slots, self.job.capacity)["state"]
+        return abstract_session(self.model, self.slots, self.capacity)["state"]
 
 
 def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
@@ -175,16 +200,15 @@ def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
         run = training_run(job, mesh, devices)
         moments = {name: x for name, x in run.state.items() if name not in ("params", "frozen")}
         return [Step("train", run.train_step(), (run.state["params"], run.state["frozen"]), moments)]
-    model, rows, capacity, programs, tower = placed.model, placed.slots, job.capacity, {}, placed.tower
+    model, rows, (chunks, capacity), programs, tower = placed.model, placed.slots, placed.layout, {}, placed.tower
     if tower is not None:
         programs["vision"] = make_vision(tower, *placed.images[:2])
     if job.prefills:
-        length = max(prompt_buckets(job.context, job.chunk))
-        programs["prefill"] = make_prefill(model, rows, rows, length, capacity, vision=tower is not None)
+        programs["prefill"] = make_prefill(model, rows, rows, max(chunks), capacity, vision=tower is not None)
     if job.workload != "prefill":
-        programs["decode"] = make_decode(model, rows, capacity, vocabulary)
+        programs["decode"] = make_decode(model, rows, capacity, vocabulary, chunk=chunks[0] if job.context_parallel else 0)
     idle = () if tower is None else placed.weights["vision"]  # while the text model runs
-    beside = {name: (placed.params, placed.state) if name == "vision" else idle for name in programs}
+    beside = {name: (model.abstract_params(), placed.state) if name == "vision" else idle for name in programs}
     return [Step(name, x, placed.weights, placed.state, beside[name]) for name, x in programs.items()]
 
 
@@ -192,6 +216,7 @@ def training_run(job: Job, mesh: str, devices: list) -> Run:
     """What `train` makes of the default configuration with this model, batch and sequence length."""
     c = default_config()
     c.model.source, c.model.random_weights, c.mesh, c.kernels = job.model, True, mesh, job.kernels
+    c.moe, c.context_parallel = job.moe, job.context_parallel
     c.data.sequence_length, c.data.batch_size, c.fp8.enabled = job.context, job.batch, job.weights == "fp8"
     return make_run(c, find_origin(c), devices)
 

@@ -72,20 +72,30 @@ class Pass:
     count: int = 1
 
     @property
+    def cuts(self) -> int:
+        """Parts of a sequence, each on a device of its own; a single token is on all of them."""
+        return self.placed.sharding.size("T") if self.step != "decode" else 1
+
+    @property
     def tokens(self) -> int:
         """Of one device."""
-        return self.placed.rows * self.length
+        return self.placed.rows * self.length // self.cuts
+
+    @property
+    def repeated(self) -> bool:
+        """Whether all data shards have the same tokens: one of each sequence, with context parallelism."""
+        return self.placed.sharding.context_parallel and self.step == "decode"
 
     @property
     def group(self) -> int:
         """Of all devices that share the experts."""
-        return self.tokens * self.placed.sharding.mesh.shape["data"]
+        return self.tokens * (1 if self.repeated else self.placed.sharding.mesh.shape["data"])
 
     @property
     def sent_rows(self) -> float:
         """Rows that a device sends to the experts of its column in a layer, if routing is even; 0 where tokens are gathered."""
         c, s = self.placed.config, self.placed.sharding
-        if not c.num_experts or self.placed.model.moe_form(self.placed.slots * self.length) == "gather":
+        if not c.num_experts or self.repeated or self.placed.model.moe_form(self.placed.slots * self.length) == "gather":
             return 0
         columns = s.model if "model" in s.expert_axes({"E": c.num_experts})[0] else 1
         return self.tokens * c.num_experts_per_tok / columns
@@ -127,7 +137,7 @@ def one_pass(placed: Placed, step: str) -> Pass:
     """What goes through the model together in a step of this name."""
     job = placed.job
     if step == "prefill":
-        length = min(job.chunk, job.context)
+        length = placed.layout[0][0] if job.context_parallel else min(job.chunk, job.context)
         return Pass(placed, step, length, -(-job.context // length))
     return Pass(placed, step, job.context if step == "train" else 1)
 
@@ -175,11 +185,13 @@ def _operations(one: Pass) -> float:
     total = sum(layers[kind] * sum(2 * i * o for i, o in widths[kind]) for kind in layers) * one.tokens
     if c.num_experts:
         total += c.num_hidden_layers * _expert_rows(one) * 6 * c.hidden_size * c.moe_intermediate_size
-    seen = one.placed.job.capacity if one.step == "decode" else one.placed.job.context / 2
+    # Each shard attends to its own part of the cache, from all of a prefill's queries.
+    seen = one.placed.capacity / one.placed.sharding.size("T") if one.step == "decode" else one.placed.job.context / 2
     total += layers["attention"] * one.tokens * 4 * (max(c.num_attention_heads, m) // m) * c.head_dim * seen
     per_head = 6 * c.linear_key_head_dim * c.linear_value_head_dim
     per_head += 0 if one.step == "decode" else 8 * c.linear_value_head_dim * GDN_CHUNK
-    return total + layers["gated_deltanet"] * one.tokens * (max(c.linear_num_value_heads, m) // m) * per_head
+    passes = 2 if one.cuts > 1 else 1  # the second is of the affine map of the state that enters a shard
+    return total + layers["gated_deltanet"] * one.tokens * (max(c.linear_num_value_heads, m) // m) * per_head * passes
 
 
 def _memory(one: Pass) -> dict[str, float]:
@@ -231,8 +243,8 @@ def _activations(one: Pass) -> float:
 
 def expected_transfers(one: Pass) -> list[Transfer]:
     """The collectives of one pass that the model's form asks for: a sum over `model` after each mixer and MLP and after the
-    embedding, the experts' tokens (all of the group's, or rows to those who have the experts) over `data` and back; in training
-    also the parameters' gathering and gradients' scattering."""
+    embedding, the experts' tokens (all of the group's, or rows to those who have the experts) over `data` and back; what a cut
+    sequence's layers exchange; the gathering of parameters kept in pieces, and in training their gradients' scattering."""
     c, s, layers = one.placed.config, one.placed.sharding, _layers(one.placed.config, one.step)
     count = layers["attention"] + layers["gated_deltanet"]
     local, group = (n * c.hidden_size * 2 for n in (one.tokens, one.group))
@@ -242,21 +254,49 @@ def expected_transfers(one: Pass) -> list[Transfer]:
         sums = 3 if c.num_experts else 2
         found.append(Transfer("all-reduce", local, ("model",), times * (sums * count + 1)))
     if c.num_experts and s.mesh.shape["data"] > 1:
-        if rows := one.sent_rows:
+        if one.repeated:  # nothing to exchange, outputs are summed
+            found.append(Transfer("all-reduce", local, ("data",), count))
+        elif rows := one.sent_rows:
             # There and back; the backward pass sends the rows again, and then their gradients.
             calls = 2 * count * (4 if one.step == "train" else 1)
             found.append(Transfer("ragged-all-to-all", rows * c.hidden_size * 2, ("data",), calls))
         else:
             found += [Transfer(kind, group, ("data",), times * count) for kind in ("all-gather", "reduce-scatter")]
-    return found + (_parameter_transfers(one.placed) if one.step == "train" else [])
+    if s.context_parallel:
+        found += _context_transfers(one, layers)
+    return found + (_parameter_transfers(one) if one.step == "train" or one.placed.job.fully_sharded else [])
 
 
-def _parameter_transfers(placed: Placed) -> list[Transfer]:
-    """Parameters are gathered in the model's dtype for the forward and the backward pass, gradients scattered once."""
-    experts, dense = _weight_bytes(placed.params, placed.config.tie_word_embeddings, "train")
+def _context_transfers(one: Pass, layers: dict[str, int]) -> list[Transfer]:
+    """What the layers of a cut sequence exchange over `data` (docs/scaling.md, "Bytes"; without the convolution's few tokens)."""
+    c, s, ways = one.placed.config, one.placed.sharding, one.placed.sharding.mesh.shape["data"]
+    heads, values = (s.heads(n) // s.model for n in (c.num_attention_heads, c.linear_num_value_heads))
+    rows = one.placed.rows
+    outputs = rows * one.length * heads * c.head_dim * 4
+    if one.step == "decode":
+        return [Transfer("all-reduce", outputs, ("data",), layers["attention"])]
+    state = rows * values * c.linear_key_head_dim * 4
+    steps = math.ceil(math.log2(ways))
+    sent = state * ((steps - 1) * c.linear_key_head_dim + (steps + 1) * c.linear_value_head_dim)
+    times = 3 if one.step == "train" else 1  # forward, again, backward
+    found = [Transfer("collective-permute", sent, ("data",), times * layers["gated_deltanet"])]
+    if one.step == "prefill":
+        gathered = Transfer("all-gather", outputs / 2, ("data",), layers["attention"])
+        return [*found, gathered, Transfer("reduce-scatter", outputs, ("data",), layers["attention"])]
+    part = rows * one.length // ways * 2 * (s.heads(c.num_key_value_heads) // s.model) * c.head_dim
+    # Keys and values go round twice, then with their float32 gradients.
+    ring = 2 * (ways - 1) * 2 * part + ways * (2 + 4) * part
+    return [*found, Transfer("collective-permute", ring, ("data",), layers["attention"])]
+
+
+def _parameter_transfers(one: Pass) -> list[Transfer]:
+    """Parameters are gathered in the model's dtype: for inference once; for the forward and the backward pass of training, whose
+    gradients are scattered once."""
+    placed = one.placed
+    experts, dense = _weight_bytes(placed.params, placed.config.tie_word_embeddings, one.step)
     shape = placed.sharding.mesh.shape
     parts = [(dense, [a for a in ("replica", "data") if shape[a] > 1]), (experts, ["replica"] if shape["replica"] > 1 else [])]
-    kinds = (("all-gather", 2), ("reduce-scatter", 1))
+    kinds = (("all-gather", 2), ("reduce-scatter", 1)) if one.step == "train" else (("all-gather", 1),)
     return [Transfer(kind, size, tuple(axes), n) for size, axes in parts if axes and size for kind, n in kinds]
 
 

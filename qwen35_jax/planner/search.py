@@ -90,9 +90,9 @@ def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:
 
 
 def _temporaries(placed: Placed, step: str) -> int:
-    """The large buffers: one unit's weights, the experts' (rows of a pass, or tokens of their group), and in training the
-    units' inputs that are kept, the gradients, the gathered unit with its own, and the gathered embedding and head. Of the tower
-    a row's features and its block's."""
+    """The large buffers: one unit's weights, the experts' (rows of a pass, or tokens of their group), the queries and outputs of
+    cut sequences, and in training the units' inputs that are kept, the gradients, the gathered unit with its own, and the
+    gathered embedding and head. Of the tower a row's features and its block's."""
     if step == "vision":
         v = placed.config.vision
         return placed.images[1] * (2 * v.intermediate_size // vision_ways(placed) + 6 * v.hidden_size)
@@ -101,7 +101,9 @@ def _temporaries(placed: Placed, step: str) -> int:
     unit = shard_bytes(placed.params["units"]) // c.num_units
     # Passes forward, and again with gradients; of gathered tokens several copies are alive.
     experts = 2 * BUFFER_BYTES if one.sent_rows else one.group * width * (12 if train else 10) if c.num_experts else 0
-    if not train:
-        return unit + tokens * width * 40 + experts
     ends = shard_bytes({name: x for name, x in placed.params.items() if name != "units"})
+    if not train:
+        queries = one.cuts * tokens * placed.sharding.heads(c.num_attention_heads) // placed.sharding.model * c.head_dim
+        gathered = ends if placed.job.fully_sharded else 0
+        return unit + gathered + tokens * width * 40 + experts + (queries * 6 if one.cuts > 1 else 0)
     return shard_bytes(placed.weights) + 2 * unit + 2 * ends + tokens * width * (2 * c.num_units + 60) + experts

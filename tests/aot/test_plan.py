@@ -55,6 +55,15 @@ def test_decoding_of_the_largest_model_fits(text, mesh, ceiling):
 
 
 @pytest.mark.slow
+def test_a_prompt_of_a_million_tokens():
+    """Cut over `data`, with YaRN: read 65,536 tokens at once, and answered."""
+    sizes = ("--context", "1048576", "--yarn", "4", "--prefill_chunk", "65536")
+    plan, _, steps = compiled("v5p:4x4x4", "--workload", "sample", "--context_parallel", *sizes)
+    assert plan["fits"] and [step["step"] for step in steps] == ["prefill", "decode"]
+    assert all(step["memory"]["total"] < 0.25 * plan["capacity"] for step in steps)
+
+
+@pytest.mark.slow
 def test_a_prompt_with_the_largest_image():
     """16,384 of 20,480 tokens are an image of 4096 x 4096 pixels: the tower's program, and the prefill that reads its rows."""
     plan, mesh, steps = compiled("v5p:4x4x4", "--workload", "prefill", "--context", "20480", "--image_tokens", "16384")

@@ -168,6 +168,43 @@ def test_rows_to_experts_are_those_of_the_rule(mesh):
     assert received == pytest.approx(c.num_hidden_layers * all_to_all_bytes(*sizes))
 
 
+def test_what_cut_sequences_exchange():
+    """The table of docs/scaling.md, "Bytes": 397B-A17B on 16x4, 65,536 tokens of a prefill or of a training sequence."""
+
+    def received(workload: str, kind: str) -> float:
+        job = Job("397b-a17b", workload, context=65536, chunk=65536, context_parallel=True)
+        one = one_pass(placed(job, "16x4", "v5p:4x4x4"), workload)
+        found = [t for t in expected_transfers(one) if t.kind == kind and t.axes == ("data",)]
+        layers = {"attention": 15 + (workload == "train"), "gated_deltanet": 45}
+        each = found[-1]
+        assert each.count == layers["attention" if kind != "collective-permute" or workload == "train" else "gated_deltanet"]
+        return each.bytes * (1 if kind == "collective-permute" else 15 / 16) / 2**20
+
+    assert received("prefill", "all-gather") == pytest.approx(240) and received("prefill", "reduce-scatter") == pytest.approx(480)
+    assert received("prefill", "collective-permute") == pytest.approx(8, rel=0.01)
+    assert received("train", "collective-permute") == pytest.approx(60 + 60 + 192, rel=0.01)  # forward, again, backward
+
+
+@pytest.mark.parametrize(
+    ("job", "message"),
+    [
+        ({"workload": "train", "fully_sharded": True}, "are of inference"),
+        ({"workload": "train", "yarn": 4.0}, "are of inference"),
+        ({"workload": "train", "weights": "fp8", "context_parallel": True}, "does not go with FP8 training"),
+        ({"workload": "train", "context": 4095, "context_parallel": True}, "4095 is no multiple of the 8 parts"),
+        ({"workload": "decode", "context": 262145}, "at most 262144 tokens"),
+    ],
+)
+def test_layouts_that_cannot_be(job, message):
+    with pytest.raises(UserError, match=message):
+        make_plan(Job("4b", **job), parse_topology("v5p:2x2x2"), "8x1", count=0)
+
+
+def test_yarn_makes_a_model_take_more():
+    job = Job("4b", "decode", context=2**20, yarn=4.0, context_parallel=True)
+    assert make_plan(job, parse_topology("v5p:2x2x2"), "8x1", count=0).fits
+
+
 def test_times_of_collectives():
     assert links.seconds("all-gather", 8e9, 8, 1e9) == pytest.approx(7)
     assert links.seconds("all-reduce", 8e9, 8, 1e9) == pytest.approx(14)
@@ -190,8 +227,20 @@ def test_weights_and_state_are_what_sample_would_report(mesh, weights):
     _compare(lm.stats()["weight_bytes_per_device"], shard_bytes(shapes["state"]), mesh, weights)
 
 
-def _compare(weight_bytes: int, state_bytes: int, mesh: str, weights: str):
-    job = Job("tiny", "sample", weights, batch=3, context=42)
+@pytest.mark.parametrize(
+    ("mesh", "options"),
+    [("8x1", {"context_parallel": True, "yarn": 2.0}), ("2x2x2", {"context_parallel": True}), ("4x2", {"fully_sharded": True})],
+)
+def test_weights_and_state_of_other_layouts_are_what_sample_would_report(mesh, options):
+    """Cut sequences, whose cache is a multiple of a prefill's call; weights cut over the data axes."""
+    lm = load("tiny", mesh, random_weights=True, **options)
+    request = Request([1] * 40, 2, SamplingParams(temperature=0.0))
+    shapes = Generation(lm.programs, [request] * 3, 2048).session_shapes()
+    _compare(lm.stats()["weight_bytes_per_device"], shard_bytes(shapes["state"]), mesh, "bf16", **options)
+
+
+def _compare(weight_bytes: int, state_bytes: int, mesh: str, weights: str, **options):
+    job = Job("tiny", "sample", weights, batch=3, context=42, **options)
     ours = Placed.on(job, make_mesh(mesh, jax.devices()))
     assert shard_bytes(ours.weights) == pytest.approx(weight_bytes, rel=0.01)
     assert shard_bytes(ours.state) == pytest.approx(state_bytes, rel=0.01)
