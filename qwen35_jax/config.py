@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -154,7 +155,9 @@ class ModelConfig:
         return dataclasses.replace(self, **changes)
 
     def with_yarn(self, factor: float) -> ModelConfig:
-        """The model for `factor` times its positions, stretched by YaRN. UserError for a factor below 1."""
+        """The model for `factor` times its positions, stretched by YaRN. UserError for a factor below 1, or without end."""
+        if not math.isfinite(factor):
+            raise UserError(f"yarn is {factor}; it must be a number")
         known = self.rope.original_max_position_embeddings or self.max_position_embeddings
         rope = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": known}
         return self.replace(rope=dataclasses.replace(self.rope, **rope), max_position_embeddings=int(known * factor))

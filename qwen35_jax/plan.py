@@ -76,6 +76,8 @@ def _refuse_with_all() -> None:
             raise UserError(f"--all is of all sizes and topologies: leave --{flag.name} out")
     if JSON.value:
         raise UserError("--all prints a table: leave --json out")
+    if MOE.value != "auto":
+        raise UserError("--all has models without experts too: leave --moe out")
 
 
 def _job(model: str, devices: int) -> Job:
@@ -83,7 +85,7 @@ def _job(model: str, devices: int) -> Job:
     batch = BATCH.value if BATCH.value is not None else devices if one_each else 1
     sizes = {"batch": batch, "context": CONTEXT.value, "chunk": PREFILL_CHUNK.value, "image_tokens": IMAGE_TOKENS.value}
     forms = {"kernels": KERNELS.value, "moe": MOE.value, "fully_sharded": FULLY_SHARDED.value}
-    forms |= {"context_parallel": CONTEXT_PARALLEL.value, "yarn": YARN.value or 0.0}
+    forms |= {"context_parallel": CONTEXT_PARALLEL.value, "yarn": YARN.value}
     return Job(model, WORKLOAD.value, WEIGHT_FORM.value, **sizes, **forms)
 
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.generate.generation import capacity_bucket, prompt_layout, slot_bucket
+from qwen35_jax.generate.generation import MIN_SHARD_TOKENS, capacity_bucket, prompt_layout, slot_bucket
 from qwen35_jax.generate.steps import abstract_session, make_decode, make_prefill
 from qwen35_jax.generate.vision import make_vision, row_length
 from qwen35_jax.model import Model, VisionModel
@@ -26,6 +26,8 @@ from qwen35_jax.train.weights import kept_params
 WORKLOADS = ("decode", "prefill", "train", "sample")
 WEIGHTS = ("bf16", "fp8")
 IMAGE = 16384  # tokens of the largest image that the published processor makes
+FLAGS = {"chunk": "prefill_chunk"}  # of fields that have another name there
+LAYOUT = ("kernels", "moe", "fully_sharded", "context_parallel", "yarn")  # fields of a Job that are not its sizes
 LARGEST = 2**24  # of batch and context: nobody has more, and what follows from them still fits
 
 
@@ -36,8 +38,8 @@ class Job:
     decode: a token of each, with `context` tokens in the cache. prefill: prompts of `context` tokens, `chunk` at once.
     sample: both. train: a step of the default configuration (AdamW, float32 masters, bfloat16 computation, remat full).
     weights: fp8 keeps the weights of inference in FP8; training multiplies in FP8, and its masters stay float32. image_tokens:
-    so many tokens of each prompt are images, as large as the published processor makes them. moe, fully_sharded,
-    context_parallel and yarn (0: as the model is) are those of `sample`; training knows the first and the third.
+    so many tokens of each prompt are images, as large as the published processor makes them. moe and context_parallel are those
+    of `sample` and `train`, fully_sharded and yarn (times the model's positions) those of `sample`.
     """
 
     model: str
@@ -51,7 +53,7 @@ class Job:
     moe: str = "auto"
     fully_sharded: bool = False
     context_parallel: bool = False
-    yarn: float = 0.0
+    yarn: float | None = None
 
     def __post_init__(self):
         for name, choices in (("model", PRESETS), ("workload", WORKLOADS), ("weights", WEIGHTS)):
@@ -59,13 +61,15 @@ class Job:
                 raise UserError(f"--{name} {getattr(self, name)!r}: choose from {', '.join(choices)}")
         for name in ("batch", "context", "chunk"):
             if not 1 <= getattr(self, name) <= LARGEST:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be 1 to {LARGEST}")
+                raise UserError(f"--{FLAGS.get(name, name)} is {getattr(self, name)}; it must be 1 to {LARGEST}")
         if self.image_tokens and not self.prefills:
             raise UserError("--image_tokens are part of a prompt: they need --workload prefill or sample")
         if not 0 <= self.image_tokens <= self.context:
             raise UserError(f"--image_tokens {self.image_tokens}: a prompt has {self.context} tokens (--context)")
-        if self.training and (self.fully_sharded or self.yarn):
-            raise UserError("--fully_sharded and --yarn are of inference; training cuts all that it keeps anyway")
+        if self.training and self.fully_sharded:
+            raise UserError("--fully_sharded is of inference: training cuts all that it keeps anyway; leave it out")
+        if self.training and self.yarn:
+            raise UserError("--yarn is of inference: leave it out")
         if self.training and self.context_parallel and self.weights == "fp8":
             raise UserError("--context_parallel does not go with FP8 training: its blocks of tokens would lie across devices")
 
@@ -80,6 +84,11 @@ class Job:
         fp8 = self.weights == "fp8" and not self.training
         config = ModelConfig.preset(self.model).replace(fp8_weights=fp8)
         return config.with_yarn(self.yarn) if self.yarn else config
+
+    def flags(self, *names: str) -> list[str]:
+        """Those of these fields that are not at their defaults, as the command takes them."""
+        changed = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return [f"--{FLAGS.get(n, n)}" + ("" if changed[n] is True else f"={changed[n]}") for n in names if n in changed]
 
     @property
     def training(self) -> bool:
@@ -116,15 +125,16 @@ class Placed:
         """UserError where the model cannot be cut, or the batch not be spread, as the mesh asks."""
         config, sharding = job.config, Sharding(mesh, job.context_parallel)
         check_mesh(config, sharding)
-        shape = "x".join(str(n) for n in mesh.devices.shape)
+        shape = "x".join(str(n) for n in mesh.devices.shape[int(mesh.devices.shape[0] == 1) :])
         if job.training and job.batch % sharding.batch:
-            raise UserError(f"--batch {job.batch} is no multiple of the {sharding.batch} data shards of mesh {shape}")
-        if job.training and job.context % sharding.size("T"):
-            raise UserError(
-                f"--context {job.context} is no multiple of the {sharding.size('T')} parts of a sequence of mesh {shape}"
-            )
+            raise UserError(f"--batch {job.batch} is no multiple of the {sharding.batch} shards of the batch on mesh {shape}")
+        parts = sharding.size("T")
+        if job.training and parts > 1 and (job.context % parts or job.context // parts < MIN_SHARD_TOKENS):
+            wanted = f"a multiple of the {parts} parts of a sequence on mesh {shape}, of at least {MIN_SHARD_TOKENS} tokens"
+            raise UserError(f"--context is {job.context}; it must be {wanted}")
         if job.fully_sharded and mesh.size == sharding.model:
-            raise UserError(f"--fully_sharded cuts weights over the data axes, but mesh {shape} has none")
+            reason = f"--fully_sharded cuts weights over the data axes, but mesh {shape} has none"
+            raise UserError(f"{reason}: use one such as 8x1, or leave it out")
         forms = resolve_forms(mesh, config, job.kernels, job.moe, context_parallel=job.context_parallel)
         return cls(job, Model(config, sharding, forms, job.fully_sharded))
 
@@ -173,7 +183,7 @@ class Placed:
         """Of a call of the tower: rows, patches of a row; and how many calls there are."""
         parts, merged = -(-self.job.image_tokens // IMAGE), self.config.vision.spatial_merge_size**2
         size, count = -(-self.job.image_tokens // parts) * merged, parts * self.job.batch
-        shards = self.sharding.size(self.tower.layout.rows)
+        shards = self.tower.sharding.size(self.tower.layout.rows)
         length = row_length(size, size * count, shards)
         return shards, length, -(-count // (length // size * shards))
 

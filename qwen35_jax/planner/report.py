@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from qwen35_jax.planner.compiled import FULL, Compiled
+from qwen35_jax.planner.jobs import LAYOUT
 from qwen35_jax.planner.planning import Plan, fits
 from qwen35_jax.planner.roofline import ASSUMPTIONS, Roofline
 from qwen35_jax.planner.search import Candidate
@@ -24,6 +25,7 @@ def lines(plan: Plan) -> Iterator[str]:
     kind = f"{topology.chip.name}, {capacity_text(topology)} each"
     tokens = f"batch {job.batch}, context {job.context:,}"
     tokens += f" (images: {job.image_tokens:,})" if job.image_tokens else ""
+    tokens += "".join(f", {flag}" for flag in job.flags(*LAYOUT))
     yield f"{job.model}, {job.workload}, {job.weights} weights, {tokens} on {topology}: {topology.size} devices ({kind})"
     yield ""
     yield "Meshes, one device, estimated from abstract arrays:"

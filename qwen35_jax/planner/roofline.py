@@ -14,6 +14,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.planner import links
 from qwen35_jax.planner.jobs import IMAGE, Placed, shard_bytes
 from qwen35_jax.planner.topologies import Topology
+from qwen35_jax.sharding import Sharding
 
 ASSUMPTIONS = (
     "rates are those of the data sheets; compute, memory and interconnect run beside each other, so the slowest is the bound",
@@ -22,6 +23,7 @@ ASSUMPTIONS = (
     "experts: even routing, so tokens of the group reach 1 - (1 - k/E)^tokens of them; weights of the others are not read",
     "decode: the cache is full and read whole; prefill and training: causal attention does half of all scores",
     "training: forward, forward again (remat full) and a backward pass of twice its operations",
+    "cut sequences: every shard does as much as the mean, though in training the last one attends to twice that",
     "bfloat16 rates, but for FP8 training, where FP8 rates are taken for all products",
 )
 GDN_CHUNK = 64  # tokens of a chunk of the delta rule
@@ -72,9 +74,13 @@ class Pass:
     count: int = 1
 
     @property
+    def sharding(self) -> Sharding:
+        return self.placed.sharding.for_one_token() if self.step == "decode" else self.placed.sharding
+
+    @property
     def cuts(self) -> int:
-        """Parts of a sequence, each on a device of its own; a single token is on all of them."""
-        return self.placed.sharding.size("T") if self.step != "decode" else 1
+        """Parts of a sequence, each on a device of its own."""
+        return self.sharding.size("T")
 
     @property
     def tokens(self) -> int:
@@ -84,7 +90,7 @@ class Pass:
     @property
     def repeated(self) -> bool:
         """Whether all data shards have the same tokens: one of each sequence, with context parallelism."""
-        return self.placed.sharding.context_parallel and self.step == "decode"
+        return self.sharding.context_parallel and self.sharding.one_token
 
     @property
     def group(self) -> int:
@@ -137,7 +143,10 @@ def one_pass(placed: Placed, step: str) -> Pass:
     """What goes through the model together in a step of this name."""
     job = placed.job
     if step == "prefill":
-        length = placed.layout[0][0] if job.context_parallel else min(job.chunk, job.context)
+        chunks = placed.layout[0]
+        if job.context_parallel:
+            return Pass(placed, step, chunks[0], len(chunks))
+        length = min(job.chunk, job.context)
         return Pass(placed, step, length, -(-job.context // length))
     return Pass(placed, step, job.context if step == "train" else 1)
 
@@ -251,11 +260,12 @@ def expected_transfers(one: Pass) -> list[Transfer]:
     times = 3 if one.step == "train" else 1  # forward, again, backward
     found = []
     if s.model > 1:
-        sums = 3 if c.num_experts else 2
+        # Where all data shards have the same tokens, one sum over both axes is of the experts.
+        sums = 3 if c.num_experts and not one.repeated else 2
         found.append(Transfer("all-reduce", local, ("model",), times * (sums * count + 1)))
     if c.num_experts and s.mesh.shape["data"] > 1:
         if one.repeated:  # nothing to exchange, outputs are summed
-            found.append(Transfer("all-reduce", local, ("data",), count))
+            found.append(Transfer("all-reduce", local, ("data", "model") if s.model > 1 else ("data",), count))
         elif rows := one.sent_rows:
             # There and back; the backward pass sends the rows again, and then their gradients.
             calls = 2 * count * (4 if one.step == "train" else 1)
@@ -281,8 +291,9 @@ def _context_transfers(one: Pass, layers: dict[str, int]) -> list[Transfer]:
     times = 3 if one.step == "train" else 1  # forward, again, backward
     found = [Transfer("collective-permute", sent, ("data",), times * layers["gated_deltanet"])]
     if one.step == "prefill":
-        gathered = Transfer("all-gather", outputs / 2, ("data",), layers["attention"])
-        return [*found, gathered, Transfer("reduce-scatter", outputs, ("data",), layers["attention"])]
+        final = Transfer("all-reduce", state * c.linear_value_head_dim, ("data",), layers["gated_deltanet"])
+        queries = Transfer("all-gather", outputs / 2, ("data",), layers["attention"])
+        return [*found, final, queries, Transfer("reduce-scatter", outputs, ("data",), layers["attention"])]
     part = rows * one.length // ways * 2 * (s.heads(c.num_key_value_heads) // s.model) * c.head_dim
     # Keys and values go round twice, then with their float32 gradients.
     ring = 2 * (ways - 1) * 2 * part + ways * (2 + 4) * part
@@ -290,10 +301,13 @@ def _context_transfers(one: Pass, layers: dict[str, int]) -> list[Transfer]:
 
 
 def _parameter_transfers(one: Pass) -> list[Transfer]:
-    """Parameters are gathered in the model's dtype: for inference once; for the forward and the backward pass of training, whose
-    gradients are scattered once."""
+    """Parameters are gathered in the model's dtype: for inference once, the embedding whole; for the forward and the backward
+    pass of training, whose gradients are scattered once."""
     placed = one.placed
-    experts, dense = _weight_bytes(placed.params, placed.config.tie_word_embeddings, one.step)
+    idle = {"prefill": ("mtp", "lm_head"), "decode": ("mtp",), "train": ()}[one.step]
+    used = {name: tree for name, tree in placed.params.items() if name not in idle}
+    experts = shard_bytes(_experts(used))
+    dense = shard_bytes(used) - experts
     shape = placed.sharding.mesh.shape
     parts = [(dense, [a for a in ("replica", "data") if shape[a] > 1]), (experts, ["replica"] if shape["replica"] > 1 else [])]
     kinds = (("all-gather", 2), ("reduce-scatter", 1)) if one.step == "train" else (("all-gather", 1),)

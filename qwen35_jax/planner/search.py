@@ -101,7 +101,8 @@ def _temporaries(placed: Placed, step: str) -> int:
     unit = shard_bytes(placed.params["units"]) // c.num_units
     # Passes forward, and again with gradients; of gathered tokens several copies are alive.
     experts = 2 * BUFFER_BYTES if one.sent_rows else one.group * width * (12 if train else 10) if c.num_experts else 0
-    ends = shard_bytes({name: x for name, x in placed.params.items() if name != "units"})
+    inference = ("embed", "lm_head")
+    ends = shard_bytes({name: x for name, x in placed.params.items() if name != "units" and (train or name in inference)})
     if not train:
         queries = one.cuts * tokens * placed.sharding.heads(c.num_attention_heads) // placed.sharding.model * c.head_dim
         gathered = ends if placed.job.fully_sharded else 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
 from qwen35_jax.config import PRESETS
-from qwen35_jax.planner.jobs import Job
+from qwen35_jax.planner.jobs import LAYOUT, Job
 from qwen35_jax.planner.report import capacity_text, gib, seconds
 from qwen35_jax.planner.topologies import parse_topology
 
@@ -35,7 +36,8 @@ def lines(make_job: Callable[[str, int], Job], count: int) -> Iterator[str]:
     """Row by row. Each plan is made in a process of its own: a compiler that crashes takes its process along."""
     first = make_job(SIZES[0], 1)
     how = "compiled" if count else "estimated"
-    yield f"`{first.workload}`, {first.weights}, context {first.context:,}; memory of one device, {how}."
+    more = "".join(f", `{flag}`" for flag in first.flags("image_tokens", "chunk", *LAYOUT))
+    yield f"`{first.workload}`, {first.weights}, context {first.context:,}{more}; memory of one device, {how}."
     yield ""
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|" + " --- |" * len(COLUMNS)
@@ -46,9 +48,8 @@ def lines(make_job: Callable[[str, int], Job], count: int) -> Iterator[str]:
 
 def _row(job: Job, text: str, count: int) -> str:
     head = f"| {job.model} | {text} | {job.batch} |"
-    flags = ["model", "workload", "weights", "batch", "context", "kernels"]
     command = [sys.executable, "-m", "qwen35_jax.plan", "--topology", text, "--compile", str(count), "--json"]
-    command += [f"--{name}={getattr(job, name)}" for name in flags] + [f"--prefill_chunk={job.chunk}"]
+    command += job.flags(*(field.name for field in dataclasses.fields(job))) + [f"--batch={job.batch}"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1:] or [f"the compiler ended with status {done.returncode}"]

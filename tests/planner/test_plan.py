@@ -36,6 +36,7 @@ WRONG = [
     (["--model", "9b", "--topology", "h100:8", "--compile", "-1"], "compile"),
     (["--all", "--model", "9b"], "leave --model out"),
     (["--all", "--json"], "leave --json out"),
+    (["--all", "--moe", "gather"], "leave --moe out"),
     (["more"], "unexpected argument 'more'"),
 ]
 
@@ -92,3 +93,6 @@ def test_the_table_of_all_sizes(monkeypatch):
     fits, crowded = list(table.lines(lambda model, _: Job(model, "decode", batch=8, context=8192), 0))[4:]
     assert "| 95 GiB | yes |" in fits and "| 80 GB | no |" in crowded, (fits, crowded)
     assert fits.count("|") == names.count("|")
+    layout = {"context": 300_000, "yarn": 4.0, "context_parallel": True, "chunk": 4096}
+    head, *_, long, _ = table.lines(lambda model, _: Job(model, "sample", **layout), 0)
+    assert "`--prefill_chunk=4096`, `--context_parallel`, `--yarn=4.0`" in head and "| yes |" in long, (head, long)

@@ -168,36 +168,66 @@ def test_rows_to_experts_are_those_of_the_rule(mesh):
     assert received == pytest.approx(c.num_hidden_layers * all_to_all_bytes(*sizes))
 
 
+def exchanged(job: Job, step: str) -> list[tuple[str, int, float]]:
+    """(kind, how often, MiB that a device takes in each time) over `data` on 16x4; of permutes all that is sent on."""
+    one, found = one_pass(placed(job, "16x4", "v5p:4x4x4"), step), []
+    for t in expected_transfers(one):
+        if "data" in t.axes and t.kind != "ragged-all-to-all":
+            part = {"collective-permute": 1.0, "all-reduce": 2 * 15 / 16}.get(t.kind, 15 / 16)
+            found.append((t.kind, t.count, round(t.bytes * part / 2**20, 2)))
+    return found
+
+
 def test_what_cut_sequences_exchange():
-    """The table of docs/scaling.md, "Bytes": 397B-A17B on 16x4, 65,536 tokens of a prefill or of a training sequence."""
+    """The table of docs/scaling.md, "Bytes": 397B-A17B, 45 layers of Gated DeltaNet and 15 of attention, 65,536 tokens."""
+    job = Job("397b-a17b", "sample", context=65536, chunk=65536, context_parallel=True)
+    maps, state = ("collective-permute", 45, 8.0), ("all-reduce", 45, 1.88)
+    assert exchanged(job, "prefill") == [maps, state, ("all-gather", 15, 240.0), ("reduce-scatter", 15, 480.0)]
+    experts, outputs = exchanged(job, "decode")
+    assert experts[:2] == ("all-reduce", 60) and outputs[:2] == ("all-reduce", 15)
+    assert outputs[2] == pytest.approx(2 * 4 * 8 * 256 / 2**20 * 15 / 16, abs=0.01)
+    maps, ring, *parameters = exchanged(job.replace(workload="train"), "train")
+    assert maps == ("collective-permute", 135, 8.0)  # forward, again, backward
+    assert ring == ("collective-permute", 16, 60.0 + 60.0 + 192.0)  # and the layer for multi-token prediction
+    assert [kind for kind, *_ in parameters] == ["all-gather", "reduce-scatter"]
 
-    def received(workload: str, kind: str) -> float:
-        job = Job("397b-a17b", workload, context=65536, chunk=65536, context_parallel=True)
-        one = one_pass(placed(job, "16x4", "v5p:4x4x4"), workload)
-        found = [t for t in expected_transfers(one) if t.kind == kind and t.axes == ("data",)]
-        layers = {"attention": 15 + (workload == "train"), "gated_deltanet": 45}
-        each = found[-1]
-        assert each.count == layers["attention" if kind != "collective-permute" or workload == "train" else "gated_deltanet"]
-        return each.bytes * (1 if kind == "collective-permute" else 15 / 16) / 2**20
 
-    assert received("prefill", "all-gather") == pytest.approx(240) and received("prefill", "reduce-scatter") == pytest.approx(480)
-    assert received("prefill", "collective-permute") == pytest.approx(8, rel=0.01)
-    assert received("train", "collective-permute") == pytest.approx(60 + 60 + 192, rel=0.01)  # forward, again, backward
+def test_what_fully_sharded_inference_gathers():
+    """27b on 8x1, docs/scaling.md: 54 GB of weights come in for a prefill or a token, the head for a token alone."""
+    config = ModelConfig.preset("27b")
+    table = 2 * config.vocab_size * config.hidden_size
+    units = 2 * parameter_counts(config)["text"] - 2 * table
+    job = Job("27b", "sample", batch=8, fully_sharded=True)
+    for step, ends in (("prefill", table), ("decode", 2 * table)):
+        (gather,) = [t for t in expected_transfers(one_pass(placed(job, "8x1", "v5e:2x4"), step)) if t.kind == "all-gather"]
+        assert gather.count == 1 and gather.bytes == pytest.approx(units + ends, rel=1e-4)
+
+
+def test_images_beside_cut_sequences():
+    """The tower is not cut as sequences are: its rows lie over all data shards."""
+    job = Job("0.8b", "prefill", context=4096, image_tokens=2048, context_parallel=True)
+    here = placed(job, "4x2", "v5p:2x2x2")
+    assert here.images[0] == here.tower.sharding.size(here.tower.layout.rows) >= 4
 
 
 @pytest.mark.parametrize(
-    ("job", "message"),
+    ("job", "mesh", "message"),
     [
-        ({"workload": "train", "fully_sharded": True}, "are of inference"),
-        ({"workload": "train", "yarn": 4.0}, "are of inference"),
-        ({"workload": "train", "weights": "fp8", "context_parallel": True}, "does not go with FP8 training"),
-        ({"workload": "train", "context": 4095, "context_parallel": True}, "4095 is no multiple of the 8 parts"),
-        ({"workload": "decode", "context": 262145}, "at most 262144 tokens"),
+        ({"workload": "train", "fully_sharded": True}, "8x1", "fully_sharded is of inference"),
+        ({"workload": "train", "yarn": 4.0}, "8x1", "yarn is of inference"),
+        ({"workload": "train", "weights": "fp8", "context_parallel": True}, "8x1", "does not go with FP8 training"),
+        ({"workload": "train", "context": 4095, "context_parallel": True}, "8x1", "4095; it must be a multiple of the 8 parts"),
+        ({"workload": "train", "context": 16, "context_parallel": True}, "8x1", "of at least 3 tokens"),
+        ({"workload": "decode", "fully_sharded": True}, "1x8", "mesh 1x8 has none: use one such as 8x1"),
+        ({"workload": "decode", "context_parallel": True}, "1x8", "use one such as 8x1"),
+        ({"workload": "decode", "moe": "gather"}, "8x1", "experts"),
+        ({"workload": "decode", "chunk": 0}, "8x1", "--prefill_chunk is 0"),
+        ({"workload": "decode", "yarn": float("inf")}, "8x1", "yarn is inf"),
     ],
 )
-def test_layouts_that_cannot_be(job, message):
+def test_layouts_that_cannot_be(job, mesh, message):
     with pytest.raises(UserError, match=message):
-        make_plan(Job("4b", **job), parse_topology("v5p:2x2x2"), "8x1", count=0)
+        make_plan(Job("4b", **job), parse_topology("v5p:2x2x2"), mesh, count=0)
 
 
 def test_yarn_makes_a_model_take_more():
@@ -232,15 +262,18 @@ def test_weights_and_state_are_what_sample_would_report(mesh, weights):
     [("8x1", {"context_parallel": True, "yarn": 2.0}), ("2x2x2", {"context_parallel": True}), ("4x2", {"fully_sharded": True})],
 )
 def test_weights_and_state_of_other_layouts_are_what_sample_would_report(mesh, options):
-    """Cut sequences, whose cache is a multiple of a prefill's call; weights cut over the data axes."""
+    """Cut sequences, whose cache is a multiple of a prefill's call (416 of 104 for 300 tokens on 8x1); weights cut over the data
+    axes."""
     lm = load("tiny", mesh, random_weights=True, **options)
-    request = Request([1] * 40, 2, SamplingParams(temperature=0.0))
-    shapes = Generation(lm.programs, [request] * 3, 2048).session_shapes()
-    _compare(lm.stats()["weight_bytes_per_device"], shard_bytes(shapes["state"]), mesh, "bf16", **options)
+    request = Request([1] * 298, 2, SamplingParams(temperature=0.0))
+    generation = Generation(lm.programs, [request] * 3, 100)
+    stored, state = lm.stats()["weight_bytes_per_device"], shard_bytes(generation.session_shapes()["state"])
+    _compare(stored, state, mesh, "bf16", context=300, chunk=100, **options)
+    assert mesh != "8x1" or generation.capacity == 416
 
 
 def _compare(weight_bytes: int, state_bytes: int, mesh: str, weights: str, **options):
-    job = Job("tiny", "sample", weights, batch=3, context=42, **options)
+    job = Job("tiny", "sample", weights, **{"batch": 3, "context": 42} | options)
     ours = Placed.on(job, make_mesh(mesh, jax.devices()))
     assert shard_bytes(ours.weights) == pytest.approx(weight_bytes, rel=0.01)
     assert shard_bytes(ours.state) == pytest.approx(state_bytes, rel=0.01)
