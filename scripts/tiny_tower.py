@@ -1,11 +1,11 @@
 """Trains the packaged model's vision tower before the text model sees it: to tell the answers apart by its rows alone.
 
-    python -m scripts.tiny_tower --out DIR [--source tiny] [--steps 4000] [--seed 0]
+    python -m scripts.tiny_tower --source TEXT_MODEL --out DIR [--steps 3400] [--seed 0]
 
 DIR becomes a checkpoint of the source's text model, unchanged, with the tower, from which configs/tiny_vision.py goes on. Read by
 the text model from the start, a random tower learns colours and little else (docs/lab_notes.md). Here the mean of a picture's
-rows is read by one matrix, which is thrown away. The tower is described below, in `TOWER`; how large pictures are, beside the
-source's tokenizer. Two CPU cores take 0.2 seconds for a step of 64 pictures.
+rows is read by one matrix, which is thrown away. The tower is described below, in `TOWER`; how large pictures are, in
+qwen35_jax/assets/tiny.
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ import optax
 from ml_collections import ConfigDict
 
 from qwen35_jax.checkpoint import check_export_target, export_hf
+from qwen35_jax.config import ASSETS
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import VisionModel
 from qwen35_jax.ops.norm import rms_norm
-from qwen35_jax.train.config import default_config
+from qwen35_jax.train.config import MAX_SEED, default_config
 from qwen35_jax.train.optimizer import make_optimizer
 from qwen35_jax.train.partition import logical_axes
 from qwen35_jax.train.run import find_origin, initial_state, make_run
+from qwen35_jax.train.vision import settings
 from qwen35_jax.vision_io import VisionSettings, image_visual, patch_places, video_visual
 from scripts import tiny_scenes
 
@@ -56,10 +58,12 @@ def run_config(options: argparse.Namespace) -> ConfigDict:
     """A run's configuration, as far as it is about weights and the optimizer."""
     c = default_config()
     c.model.source, c.seed, c.steps, c.dtype = options.source, options.seed, options.steps, "float32"
+    c.model.tokenizer = str(ASSETS / "tiny")
     c.model.vision.update(TOWER)
     c.data.patches = (SIDE // TOWER["patch_size"]) ** 2
     o = c.optimizer
     o.name, o.learning_rate, o.muon_learning_rate, o.schedule, o.final_fraction = "muon", 2e-3, 5e-3, "cosine", 0.02
+    o.warmup_steps = min(o.warmup_steps, options.steps)
     return c
 
 
@@ -82,7 +86,7 @@ def answers(seed: int) -> dict[str, list[str]]:
     return {skill: sorted(known) for skill, known in found.items()}
 
 
-def batches(seed: int, known: dict[str, list[str]], settings: VisionSettings):
+def batches(seed: int, known: dict[str, list[str]], looked_at: VisionSettings):
     """(patches uint8 [BATCH, P, width], the number of each skill's answer or -1, int32 [BATCH, skills]), without end."""
     source, number = scenes(random.Random(f"tower {seed}")), {s: {a: i for i, a in enumerate(known[s])} for s in SKILLS}
     while True:
@@ -92,15 +96,15 @@ def batches(seed: int, known: dict[str, list[str]], settings: VisionSettings):
             for asked in scene.asked:
                 if asked.skill in number:
                     row[SKILLS.index(asked.skill)] = number[asked.skill].get(asked.answer, -1)
-        yield np.stack([_patches(scene, settings) for scene in shown]), targets
+        yield np.stack([_patches(scene, looked_at) for scene in shown]), targets
 
 
-def _patches(scene: tiny_scenes.Scene, settings: VisionSettings) -> np.ndarray:
+def _patches(scene: tiny_scenes.Scene, looked_at: VisionSettings) -> np.ndarray:
     """Of the picture, or of the first two frames of a clip."""
     frames = np.stack([np.asarray(frame) for frame in scene.frames[:2]])
     if len(frames) == 1:
-        return image_visual(frames[0], settings).patches
-    return video_visual(frames, (0.0, 1 / tiny_scenes.FPS), settings).patches
+        return image_visual(frames[0], looked_at).patches
+    return video_visual(frames, (0.0, 1 / tiny_scenes.FPS), looked_at).patches
 
 
 def make_loss(tower: VisionModel, known: dict[str, list[str]]):
@@ -125,6 +129,8 @@ def make_loss(tower: VisionModel, known: dict[str, list[str]]):
 
 
 def train(options: argparse.Namespace) -> None:
+    if options.steps < 1 or not 0 <= options.seed <= MAX_SEED:
+        raise UserError(f"--steps must be at least 1, and --seed from 0 to {MAX_SEED}")
     check_export_target(options.out)
     config = run_config(options)
     origin = find_origin(config)
@@ -143,7 +149,7 @@ def train(options: argparse.Namespace) -> None:
         return optax.apply_updates(params, updates), moments, loss, right
 
     moments, begin, seen = optimizer.init(params), time.perf_counter(), []
-    data = batches(options.seed, known, run.pictures().settings)
+    data = batches(options.seed, known, settings(config.data, origin.tokenizer_dir, run.model.config.vision))
     for i in range(1, config.steps + 1):
         patches, targets = next(data)
         params, moments, loss, right = step(params, moments, patches, targets)
@@ -165,8 +171,8 @@ def report(step: int, steps: int, seen: list, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint to write")
-    parser.add_argument("--source", default="tiny", help="checkpoint of the text model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=4000, help="of 64 pictures (default: %(default)s)")
+    parser.add_argument("--source", required=True, help="checkpoint of the text model: a directory, or a preset")
+    parser.add_argument("--steps", type=int, default=3400, help="of 64 pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     try:
         train(parser.parse_args())

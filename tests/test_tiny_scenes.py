@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 import json
 import random
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from benchmarks import tiny_skills
-from scripts import tiny_drawing, tiny_pictures, tiny_scenes
+from qwen35_jax.vision_io import VisionSettings
+from scripts import tiny_drawing, tiny_pictures, tiny_scenes, tiny_tower
 from scripts.tiny_cases import held_out
 from scripts.tiny_drawing import COLOURS
 
@@ -63,10 +65,35 @@ def test_no_held_out_scene_is_in_training(kind):
     assert not {s.name for s in training} & {s.name for s in held}
 
 
+def looks(scene: tiny_scenes.Scene) -> set[tuple[str, str, str]]:
+    """(colour, shape, background) of all that is shown, from the scene's name."""
+    kind, case = scene.name.split(":", 1)
+    match kind, ast.literal_eval(case):
+        case "shape", look:
+            return {look}
+        case (("count" | "place" | "motion"), (_, look)):
+            return {look}
+        case "pair", (_, one, other, background):
+            return {(*one, background), (*other, background)}
+        case "order", (first, last, shape, background):
+            return {(first, shape, background), (last, shape, background)}
+    return set()  # digits and bars
+
+
+def test_no_held_out_look_is_in_training_under_another_kind():
+    held = set().union(*(looks(s) for s in scenes("single", 300, held=True)))
+    shown = [set().union(*(looks(s) for s in scenes(kind, 600))) for kind in tiny_scenes.KINDS]
+    assert len(held) > 15 and sum(map(bool, shown)) == 6
+    assert not held & set().union(*shown)
+
+
 def test_counts_and_colours():
     for scene in scenes("counted", 60):
         mask = drawn(scene.frames[0])
         assert f" {pieces(mask)} " in scene.asked[0].answer
+        asked = {a.skill: a.answer for a in scene.asked}
+        assert asked["colour"].removesuffix(".").split()[-1] == colours(scene.frames[0], mask)[0]
+        assert asked["shape"].split()[-1] == asked["count to five"].split()[-1]  # They are crosses. There are 3 crosses.
     for scene in scenes("single", 60):
         asked = {a.skill: a.answer for a in scene.asked}
         assert asked["colour"] == f"It is {colours(scene.frames[0], drawn(scene.frames[0]))[0]}."
@@ -129,6 +156,20 @@ def test_lines_are_the_same_every_time_and_hold_their_pictures():
     assert 20 < len(shown) < 50
     for line in shown:
         assert [m["role"] for m in line["messages"]] == ["user", "assistant"] * (len(line["messages"]) // 2)
+
+
+def test_what_the_vision_tower_is_trained_on():
+    """Pictures of one size and the first two frames of clips, with the number of the answer to each of the skills, or -1."""
+    known = tiny_tower.answers(0)
+    shown, draw = tiny_tower.scenes(random.Random("tower 0")), tiny_tower.batches(0, known, VisionSettings(patch_size=8))
+    patches, targets = next(draw)
+    assert patches.shape == (tiny_tower.BATCH, 64, 3 * 2 * 8 * 8) and targets.shape == (tiny_tower.BATCH, len(known))
+    for mine, target, scene in zip(patches, targets, shown, strict=False):
+        frames = [np.asarray(frame) for frame in scene.frames[:2]]
+        first = mine.reshape(64, 3, 2, 8, 8)[0, :, :, 0, 0]  # the pixel in the corner, in both frames
+        assert (first == np.stack([frames[0][0, 0], frames[-1][0, 0]], axis=1)).all()
+        told = {skill: known[skill][i] for skill, i in zip(known, target, strict=True) if i >= 0}
+        assert told and told == {a.skill: a.answer for a in scene.asked if a.skill in known}
 
 
 def test_the_benchmark_asks_for_held_out_scenes():

@@ -124,7 +124,7 @@ def _call(tile: Tile, many: bool, x, row_scales, w, scales, group_sizes, out_dty
     )(tiles, group, weights, starts, *operands)
 
 
-def _kernel(tile: Tile, groups: int, width: int, quantized: bool, many: bool, *refs):
+def _kernel(tile: Tile, groups: int, scale_columns: int, quantized: bool, many: bool, *refs):
     """One step of the sum of one visit; float32 sums in VMEM until the last, which writes the group's rows of the tile."""
     tiles_ref, group_ref, weights_ref, starts_ref, x_ref, w_ref, scales_ref, *refs = refs
     row_scales_ref = refs.pop(0) if quantized else None
@@ -134,7 +134,7 @@ def _kernel(tile: Tile, groups: int, width: int, quantized: bool, many: bool, *r
     group, before = group_ref[v], jnp.maximum(v - 1, 0)
 
     def scale(a: int, b: int):
-        return scales_ref[0, (k * tile.blocks + a) * width + n * (tile.columns // BLOCK) + b]
+        return scales_ref[0, (k * tile.blocks + a) * scale_columns + n * (tile.columns // BLOCK) + b]
 
     @pl.when(k == 0)
     def _():
