@@ -2,7 +2,7 @@
 
     python -m scripts.tiny_pictures --out DIR [--seed 2] [--size 120000] [--text 0.45]
 
-DIR/train.jsonl has the training side of every scene (`tiny_scenes`) and text of `tiny_data`'s second mixture, DIR/eval.jsonl 500
+DIR/train.jsonl has the training side of every scene (`tiny_scenes`) and text of `tiny_data`'s third mixture, DIR/eval.jsonl 500
 lines of the held-out side. A picture is a data: URL in its line, a clip a list of such.
 """
 
@@ -36,7 +36,7 @@ def chat(rng: random.Random, held: bool) -> dict:
 def documents(seed: int, text: float, held: bool = False) -> Iterator[dict]:
     """Lines without end, the share `text` of them without pictures; with `held` of the side that training never shows."""
     rng = random.Random(f"pictures {seed} {'held out' if held else 'training'}")
-    texts = tiny_data.documents(seed, held, "second")
+    texts = tiny_data.documents(seed, held, "third")
     while True:
         yield next(texts)[1] if rng.random() < text else chat(rng, held)
 

@@ -249,14 +249,14 @@ def changing(rng: random.Random, held: bool) -> Scene:
 
 # Makers of scenes, each with its share of the pictures that are trained on: more of what is learned last.
 KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
-    "single": (single, 0.2),
-    "counted": (counted, 0.2),
+    "single": (single, 0.16),
+    "counted": (counted, 0.26),
     "digit": (digit, 0.14),
-    "placed": (placed, 0.08),
-    "paired": (paired, 0.1),
-    "charted": (charted, 0.12),
+    "placed": (placed, 0.12),
+    "paired": (paired, 0.08),
+    "charted": (charted, 0.1),
     "moving": (moving, 0.1),
-    "changing": (changing, 0.06),
+    "changing": (changing, 0.04),
 }
 
 

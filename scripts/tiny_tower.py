@@ -1,6 +1,6 @@
 """Trains the packaged model's vision tower before the text model sees it: to tell the answers apart by its rows alone.
 
-    python -m scripts.tiny_tower --source TEXT_MODEL --out DIR [--steps 3400] [--seed 0]
+    python -m scripts.tiny_tower --source TEXT_MODEL --out DIR [--steps 5000] [--seed 0]
 
 DIR becomes a checkpoint of the source's text model, unchanged, with the tower, from which configs/tiny_vision.py goes on. Read by
 the text model from the start, a random tower learns colours and little else (docs/lab_notes.md). Here the mean of a picture's
@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint to write")
     parser.add_argument("--source", required=True, help="checkpoint of the text model: a directory, or a preset")
-    parser.add_argument("--steps", type=int, default=3400, help="of 64 pictures (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5000, help="of 64 pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     try:
         train(parser.parse_args())
