@@ -35,6 +35,8 @@ from qwen35_jax.train.config import default_config
 from qwen35_jax.train.run import find_origin, make_run
 from tests.aot.devices import TARGETS, target_devices
 
+PATCHES = 4096  # of a row in training: one picture of 1024 x 1024, or several smaller ones
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:
@@ -43,9 +45,9 @@ class Case:
 
     `rows` sequences of at most `capacity` tokens; prefill and training take `length` of each. `layers` cuts the model (0:
     whole). `fp8`: decode and prefill from FP8 weights, training with FP8 products. `pictures`: a prefill that reads rows of the
-    vision tower. `context_parallel`: sequences are cut over `data`, and where they are longer than the model's positions YaRN
-    stretches these. `moe`: the form of the experts. `fully_sharded`: weights of decode and prefill are cut over the data axes
-    too.
+    vision tower; training of the tower too, on a row of PATCHES for each device. `context_parallel`: sequences are cut over
+    `data`, and where they are longer than the model's positions YaRN stretches these. `moe`: the form of the experts.
+    `fully_sharded`: weights of decode and prefill are cut over the data axes too.
     """
 
     target: str
@@ -113,7 +115,10 @@ def _training(case: Case) -> Program:
     if case.layers:
         c.model.changes = ConfigDict({"num_hidden_layers": case.layers})
     c.data.sequence_length, c.data.batch_size, c.fp8.enabled, c.moe = case.length, case.rows, case.fp8, case.moe
-    return make_run(c, find_origin(c), target_devices(case.target)).train_step()
+    devices = target_devices(case.target)
+    if case.pictures:
+        c.data.patches, c.data.patch_rows = PATCHES, len(devices)
+    return make_run(c, find_origin(c), devices).train_step()
 
 
 def compile_case(case: Case) -> dict:
