@@ -56,11 +56,12 @@ def test_decoding_of_the_largest_model_fits(text, mesh, ceiling):
 
 @pytest.mark.slow
 def test_a_prompt_of_a_million_tokens():
-    """Cut over `data`, with YaRN: read 65,536 tokens at once, and answered."""
+    """Cut over `data`, with YaRN; the mesh is found by the search."""
     sizes = ("--context", "1048576", "--yarn", "4", "--prefill_chunk", "65536")
-    plan, _, steps = compiled("v5p:4x4x4", "--workload", "sample", "--context_parallel", *sizes)
-    assert plan["fits"] and [step["step"] for step in steps] == ["prefill", "decode"]
-    assert all(step["memory"]["total"] < 0.25 * plan["capacity"] for step in steps)
+    plan, mesh, steps = compiled("v5p:4x4x4", "--workload", "sample", "--context_parallel", *sizes)
+    assert plan["fits"] and mesh == "64x1" and [step["step"] for step in steps] == ["prefill", "decode"]
+    for step, ceiling in zip(steps, (10.1, 1.4), strict=True):  # a tenth above what was measured with jax 0.10.2
+        assert step["memory"]["temporaries"] < ceiling * 2**30
 
 
 @pytest.mark.slow
