@@ -7,6 +7,7 @@
 
 It begins where configs/tiny.py and configs/tiny_more.py ended, in runs/tiny_more_hf, whose text model the first command gives a
 tower that tells answers apart. How large pictures are looked at is said beside the tokenizer, in qwen35_jax/assets/tiny.
+Hardware: two CPU cores, or a mesh of one or two data shards. Result: that of a shorter run is in docs/vision.md; not packaged.
 """
 
 from ml_collections import ConfigDict
