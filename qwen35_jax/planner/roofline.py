@@ -194,7 +194,7 @@ def _operations(one: Pass) -> float:
     total = sum(layers[kind] * sum(2 * i * o for i, o in widths[kind]) for kind in layers) * one.tokens
     if c.num_experts:
         total += c.num_hidden_layers * _expert_rows(one) * 6 * c.hidden_size * c.moe_intermediate_size
-    # Each shard attends to its own part of the cache, from all of a prefill's queries.
+    # Where the cache is cut, a shard attends to its part: for a token to so much less, in a prefill from all shards' queries.
     seen = one.placed.capacity / one.placed.sharding.size("T") if one.step == "decode" else one.placed.job.context / 2
     total += layers["attention"] * one.tokens * 4 * (max(c.num_attention_heads, m) // m) * c.head_dim * seen
     per_head = 6 * c.linear_key_head_dim * c.linear_value_head_dim
