@@ -4,19 +4,19 @@ that each reaches; one table.
 python -m benchmarks.decode
 
 A step reads and writes the state of every slot once; its bytes over its time are set beside those of a copy of the same array
-(read and written once too) in the same process. The forms and the copy take turns call by call.
+(read and written once too) in the same process. The forms and the copy take turns.
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
+from jax import lax
 
+from benchmarks.timing import medians
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
@@ -24,7 +24,8 @@ from qwen35_jax.sharding import make_mesh
 
 MODELS = flags.DEFINE_list("models", ["0.8b", "35b-a3b", "397b-a17b"], "presets whose heads are taken")
 SLOTS = flags.DEFINE_list("slots", ["1", "64", "256"], "sequences")
-ROUNDS = flags.DEFINE_integer("rounds", 20, "calls of each form, after two that are not counted", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 20, "samples of each form, after two that are not counted", lower_bound=1)
+STEPS = 16  # of a program
 
 
 def make_inputs(config: ModelConfig, slots: int):
@@ -48,17 +49,6 @@ def make_inputs(config: ModelConfig, slots: int):
     return x, w, state
 
 
-def medians(functions: dict, states: dict) -> dict[str, float]:
-    """Median seconds of each function of its own donated state, called in turns."""
-    seconds = {name: [] for name in functions}
-    for _ in range(ROUNDS.value + 2):
-        for name, function in functions.items():
-            begin = time.perf_counter()
-            states[name] = jax.block_until_ready(function(states[name]))
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
-
-
 def measure(config: ModelConfig, slots: int, forms: list[str]) -> tuple[int, dict[str, float]]:
     """Bytes of state that a step moves, and the seconds of each form and of the copy."""
     x, w, state = make_inputs(config, slots)
@@ -67,11 +57,23 @@ def measure(config: ModelConfig, slots: int, forms: list[str]) -> tuple[int, dic
     def step(form, state):
         return gated_delta_net_step(x, w, state, active=active, implementation=form)[1]
 
-    functions = {form: jax.jit(functools.partial(step, form), donate_argnums=0) for form in forms}
+    steps = {form: functools.partial(step, form) for form in forms}
     # Beyond rounding's reach: a copy that cannot be left out.
-    functions["copy"] = jax.jit(lambda state: {"recurrent": state["recurrent"] * 1.0000001})
-    states = {name: jax.tree.map(jnp.copy, state) for name in functions}
-    return 2 * state["recurrent"].nbytes, medians(functions, states)
+    steps["copy"] = lambda state: {"recurrent": state["recurrent"] * 1.0000001}
+    states = {name: jax.tree.map(jnp.copy, state) for name in steps}
+    states["copy"] = {"recurrent": states["copy"]["recurrent"]}
+    # Several in one program, as layers and tokens follow each other: starting a program takes longer than a small step.
+    programs = {
+        name: jax.jit(lambda state, step=step: lax.fori_loop(0, STEPS, lambda _, s: step(s), state), donate_argnums=0)
+        for name, step in steps.items()
+    }
+
+    def advance(name):
+        states[name] = programs[name](states[name])
+        return states[name]
+
+    times = medians({name: functools.partial(advance, name) for name in programs}, ROUNDS.value)
+    return 2 * state["recurrent"].nbytes, {name: seconds / STEPS for name, seconds in times.items()}
 
 
 def main(_) -> None:

@@ -4,26 +4,25 @@ python -m benchmarks.fp8
 
 Shapes are those that DeepGEMM publishes, small ones where there is no accelerator. Products: `both` has activations and
 weights in FP8 (activations quantised before), `weights` bfloat16 activations, `training` activations, weights and gradients,
-quantised on the way, with both gradients. The forms take turns call by call, so that whatever slows the device slows all.
+quantised on the way, with both gradients. The forms take turns, so that whatever slows the device slows all.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
-import time
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks.timing import medians
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, quantize_activation, quantize_weight
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.linear import linear
 
-ROUNDS = flags.DEFINE_integer("rounds", 20, "calls of each form, after two that are not counted", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 20, "samples of each form, after two that are not counted", lower_bound=1)
 PRODUCTS = flags.DEFINE_list("products", ["both", "weights", "training"], "which products")
 
 
@@ -96,17 +95,6 @@ def operands(shape: Shape, product: str) -> tuple:
     return (x, w, *sizes) if product == "bfloat16" else (x, jax.jit(lambda w: quantize_weight(w, axes))(w), *sizes)
 
 
-def medians(functions: dict) -> dict[str, float]:
-    """Median seconds of each function with its own arguments, called in turns."""
-    seconds = {name: [] for name in functions}
-    for _ in range(ROUNDS.value + 2):
-        for name, (function, arguments) in functions.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(function(*arguments))
-            seconds[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
-
-
 def floor(shape: Shape, product: str, device: Device) -> float:
     """Seconds that the products, or reading the operands and writing the result once, take at least."""
     flops = 2 * shape.rows * shape.outs * shape.ins * (3 if product == "training" else 1)
@@ -121,10 +109,10 @@ def floor(shape: Shape, product: str, device: Device) -> float:
 def line(shape: Shape, product: str, forms: list[str], sheet: Device | None) -> str:
     arguments, plain = operands(shape, product), operands(shape, "bfloat16")
     function = trained if product == "training" else multiply
-    calls = {form: (jax.jit(functools.partial(function, form)), arguments) for form in forms}
+    calls = {form: functools.partial(jax.jit(functools.partial(function, form)), *arguments) for form in forms}
     # bfloat16: XLA's own product where it is dense, the best form where it is grouped.
-    calls["bfloat16"] = jax.jit(functools.partial(function, forms[-1] if shape.groups else "xla")), plain
-    times = medians(calls)
+    calls["bfloat16"] = functools.partial(jax.jit(functools.partial(function, forms[-1] if shape.groups else "xla")), *plain)
+    times = medians(calls, ROUNDS.value)
     flops = 2 * shape.rows * shape.outs * shape.ins * (3 if product == "training" else 1)
     cells = [f"{shape!s:>22} {product:>9}"]
     cells += [f"{times[name] * 1e6:12.0f} {flops / times[name] / 1e12:8.2f}" for name in calls]

@@ -1,4 +1,5 @@
-"""Every test sees eight virtual CPU devices and shares one compilation cache; --only-skips makes other skips fail."""
+"""Every test sees eight virtual CPU devices and shares one compilation cache; --only-skips makes other skips fail. --gpu is for
+the tests of the Hopper kernels (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -20,13 +21,15 @@ LONG = (
 
 def pytest_addoption(parser):
     parser.addoption("--optimize", action="store_true", help="compile as users do, which takes several times as long")
+    parser.addoption("--gpu", action="store_true", help="run GPU kernels on this machine's GPU, not interpreted on the CPU")
     parser.addoption("--only-skips", metavar="REGEX", help="a skip whose reason does not match REGEX is a failure")
 
 
 def pytest_configure(config):
-    jax.config.update("jax_platforms", "cpu")
+    gpu = config.getoption("--gpu")
+    jax.config.update("jax_platforms", "cuda,cpu" if gpu else "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
-    if not config.getoption("--optimize"):
+    if not gpu and not config.getoption("--optimize"):
         _compile_fast()
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

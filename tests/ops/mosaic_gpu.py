@@ -1,4 +1,5 @@
-"""Interpreting Mosaic GPU kernels on the CPU, matrix products with their left operand in registers included."""
+"""Mosaic GPU kernels in tests: run where there is a GPU (pytest --gpu), else interpreted on the CPU, matrix products with their
+left operand in registers included."""
 
 from __future__ import annotations
 
@@ -30,6 +31,17 @@ def _wgmma(*, token, thread, mesh_location, acc_allocation_key_as_array, acc_tra
     result = acc + np.matmul(a.astype(np.float32), b.astype(np.float32))
     shared.store_buffer_content(key, place, result, thread, logging_info=where)
     return token
+
+
+def has_gpu() -> bool:
+    return jax.default_backend() == "gpu"
+
+
+@contextlib.contextmanager
+def run_or_interpreted():
+    """Under it GPU kernels run, where that is possible, or are interpreted, with memory that starts as NaN."""
+    with contextlib.nullcontext() if has_gpu() else interpreted():
+        yield
 
 
 @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""The Hopper kernels of the gated delta rule, interpreted on the CPU, against the recurrence in float64 of the same inputs."""
+"""The Hopper kernels of the gated delta rule, run (pytest --gpu) or interpreted on the CPU, against the recurrence in
+float64 of the same inputs."""
 
 from __future__ import annotations
 
@@ -29,8 +30,7 @@ make = functools.partial(cases.make, time=150, keys=1, heads=2, dtype="bfloat16"
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreted():
-    """Interpreted as GPU programs, with memory that starts as NaN."""
-    with mosaic_gpu.interpreted() if HAS_MOSAIC_GPU else contextlib.nullcontext():
+    with mosaic_gpu.run_or_interpreted() if HAS_MOSAIC_GPU else contextlib.nullcontext():
         yield
 
 

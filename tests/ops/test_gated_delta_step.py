@@ -7,12 +7,12 @@ import functools
 import jax
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta import gated_delta_step, gpu_decode, reference
+from tests.ops import mosaic_gpu
 
 H, SLOTS = 128, 5
 GATES = [0.0, -1e-3, -5.0, -40.0, -200.0]
@@ -24,10 +24,12 @@ on_hopper = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU ker
 
 @pytest.fixture(params=["pallas_tpu", pytest.param("pallas_gpu", marks=on_hopper)])
 def kernel(request):
-    """A form, interpreted as a program of its device, with scratch that starts as NaN."""
+    """A form, run or interpreted as a program of its device, with scratch that starts as NaN."""
     step = functools.partial(gated_delta_step, implementation=request.param)
     gpu = request.param == "pallas_gpu"
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()) if gpu else pltpu.force_tpu_interpret_mode():
+    if mosaic_gpu.has_gpu() and not gpu:
+        pytest.skip("interpreted on the CPU")
+    with mosaic_gpu.run_or_interpreted() if gpu else pltpu.force_tpu_interpret_mode():
         yield step
 
 

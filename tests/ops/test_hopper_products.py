@@ -1,4 +1,5 @@
-"""The Hopper kernels of `linear` and `grouped_linear`, interpreted on the CPU, against float64 of the operands they multiply."""
+"""The Hopper kernels of `linear` and `grouped_linear`, run (pytest --gpu) or interpreted on the CPU, against float64 of the
+operands they multiply."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ from qwen35_jax.ops.fp8.reference import dequantize_reference, round_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.hopper import operands, ring
 from qwen35_jax.ops.hopper.gradients_fp8 import padded_blocks
-from qwen35_jax.ops.hopper.tiles import row_tiles, tile_count
+from qwen35_jax.ops.hopper.tiles import ALIGNED, row_tiles, tile_count
 from qwen35_jax.ops.linear import linear
+from tests.ops import mosaic_gpu
 from tests.ops.fp8_operands import distance, expected_products, normal, products, spec_operands
 
 pytestmark = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
@@ -44,7 +46,7 @@ SIZES = [pytest.param(sizes, id=name, marks=() if name == "ragged" else SLOW) fo
 def interpreted(monkeypatch):
     """Two thread blocks, so that each goes through several tiles."""
     monkeypatch.setattr(ring, "SMS", 2)
-    with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
+    with mosaic_gpu.run_or_interpreted():
         yield
 
 
@@ -243,6 +245,7 @@ def test_tiles_cover_each_row_once(sizes, height):
     for t in range(total[0]):
         rows = slice(start[t] + skip[t], start[t] + skip[t] + size[t])
         assert 0 <= start[t] <= ROWS - height and size[t] > 0 and (seen[rows] == -1).all()
+        assert start[t] % ALIGNED == 0  # the interpreter copies from anywhere, the hardware does not
         seen[rows] = group[t]
     assert (seen == np.repeat(np.arange(GROUPS + 1), (*sizes, ROWS - sum(sizes)))).all()
 

@@ -84,7 +84,7 @@ def inverse_length(ref, normalize: bool) -> jax.Array:
     """1 / |x| of each row of ref [C, H], fp32; 1 where lengths do not count. 1e-6 under the root as in `xla.unit_length`."""
     x = plgpu.load(ref, layout=plgpu.Layout.WGMMA).astype(f32)
     squares = jnp.sum(x * x, axis=1)
-    return lax.rsqrt(squares + 1e-6) if normalize else jnp.ones_like(squares)
+    return lax.rsqrt(squares + 1e-6) if normalize else jnp.where(squares >= 0, 1.0, squares)
 
 
 def decay_between(gates) -> jax.Array:

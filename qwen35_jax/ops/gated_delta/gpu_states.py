@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen35_jax.compat import store_anyhow
 from qwen35_jax.ops.gated_delta.gpu_chunks import (
     ACROSS,
     CHUNK,
@@ -158,7 +159,7 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
         return state
 
     state = ring.drain(step, _load_state(first_ref.at[b, n, rows]))
-    plgpu.store(final_ref.at[b, n, rows], state, optimized=False)
+    store_anyhow(final_ref.at[b, n, rows], state)
     plgpu.wait_smem_to_gmem(0)
 
 
@@ -187,7 +188,7 @@ def reverse_kernel(chunks: int, group: int, q_ref, k_ref, d_out_ref, squares_ref
         return chunk.across() * d_state + product((d_k_read, chunk.k), (d_q_read, chunk.q))
 
     d_state = ring.drain(step, _load_state(d_final_ref.at[b, n, rows]))
-    plgpu.store(d_first_ref.at[b, n, rows], d_state, optimized=False)
+    store_anyhow(d_first_ref.at[b, n, rows], d_state)
     plgpu.wait_smem_to_gmem(0)
 
 

@@ -16,44 +16,50 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.hopper.ring import PRODUCER, buffers, each_tile, persistent, release_last, release_previous, stages
 from qwen35_jax.ops.hopper.store import staging, store_tile
-from qwen35_jax.ops.hopper.tiles import Shape
+from qwen35_jax.ops.hopper.tiles import ALIGNED, Shape
 
 DEPTH = 64
+REST = 2  # blocks of DEPTH rows that hold a group's rows before and behind those that are read in place
 
 
 def gradients(x, dy, group_sizes, out_dtype) -> jax.Array:
     """x [R, I]^T times dy [R, O], bfloat16, over the rows of every group -> [E, I, O] bfloat16, float32 accumulation.
 
-    Rows are sorted by group; group_sizes [E] int32. I and O are multiples of 128. What a group's rows are beyond a multiple
-    of 64 comes from a copy that is filled up with zeros: rows of other groups never enter a product.
+    Rows are sorted by group; group_sizes [E] int32. I and O are multiples of 128. Where a group's rows are blocks of 64 from a
+    multiple of 8 on they are read in place; the up to seven before and up to 63 behind come from a copy, two blocks a group,
+    that is filled up with zeros: rows of other groups never enter a product.
     """
     sizes = group_sizes.astype(jnp.int32)
     ends = jnp.cumsum(sizes)
-    place = jnp.arange(DEPTH)
-    rest = (sizes % DEPTH)[:, None]
-    row = jnp.where(place < rest, ends[:, None] - rest + place, x.shape[0]).reshape(-1)
-    whole, ragged = zip(*((_at_least(a), jnp.take(a, row, axis=0, mode="fill", fill_value=0)) for a in (x, dy)), strict=True)
+    before = jnp.minimum(-(ends - sizes) % ALIGNED, sizes)
+    firsts, blocks = ends - sizes + before, (sizes - before) // DEPTH
+    rests = sizes - blocks * DEPTH
+    place = jnp.arange(REST * DEPTH)
+    row = jnp.where(place < before[:, None], 0, (blocks * DEPTH)[:, None]) + (ends - sizes)[:, None] + place
+    row = jnp.where(place < rests[:, None], row, x.shape[0]).reshape(-1)
+    whole, ragged = zip(*((_whole(a), jnp.take(a, row, axis=0, mode="fill", fill_value=0)) for a in (x, dy)), strict=True)
     width = 2 * BLOCK if dy.shape[1] % (2 * BLOCK) == 0 else BLOCK
     shape = Shape(BLOCK, width, DEPTH)
     out = jax.ShapeDtypeStruct((sizes.shape[0], x.shape[1], dy.shape[1]), out_dtype)
     tiles = out.size // (shape.rows * shape.columns)
     kernel = persistent(functools.partial(_kernel, shape), "gradients", out, tiles)
-    return kernel(*whole, *ragged, ends - sizes, sizes)
+    return kernel(*whole, *ragged, firsts, blocks, -(-rests // DEPTH))
 
 
-def _at_least(a: jax.Array) -> jax.Array:
-    """As many rows as one copy takes."""
-    return jnp.pad(a, ((0, max(0, DEPTH - a.shape[0])), (0, 0)))
+def _whole(a: jax.Array) -> jax.Array:
+    """As many rows as one copy takes, and whole tiles."""
+    rows = max(DEPTH, -(-a.shape[0] // ALIGNED) * ALIGNED)
+    return jnp.pad(a, ((0, rows - a.shape[0]), (0, 0)))
 
 
-def _kernel(shape, x, dy, x_rest, dy_rest, firsts, sizes, out):
+def _kernel(shape, x, dy, x_rest, dy_rest, firsts, blocks, rests, out):
     def run(x_ring, dy_ring, full, empty, staged):
         sources = (x, x_rest, x_ring, shape.rows), (dy, dy_rest, dy_ring, shape.columns)
         pl.when(lax.axis_index("warpgroup") == PRODUCER)(
-            functools.partial(_copy, shape, sources, firsts, sizes, out, full, empty)
+            functools.partial(_copy, shape, sources, firsts, blocks, rests, out, full, empty)
         )
         pl.when(lax.axis_index("warpgroup") != PRODUCER)(
-            functools.partial(_multiply, shape, x_ring, dy_ring, sizes, out, full, empty, staged)
+            functools.partial(_multiply, shape, x_ring, dy_ring, blocks, rests, out, full, empty, staged)
         )
 
     stage = shape.depth * (shape.rows + shape.columns) * x.dtype.itemsize
@@ -69,15 +75,11 @@ def _kernel(shape, x, dy, x_rest, dy_rest, firsts, sizes, out):
     )
 
 
-def _steps(size: jax.Array) -> jax.Array:
-    return lax.div(size + DEPTH - 1, DEPTH)
-
-
-def _copy(shape, sources, firsts, sizes, out, full, empty):
+def _copy(shape, sources, firsts, blocks, rests, out, full, empty):
     """The producer's program."""
 
     def tile(group, row, column, count):
-        first, size = firsts[group], sizes[group]
+        first, whole = firsts[group], blocks[group]
 
         def step(j, count):
             slot = lax.rem(count, full.shape[0])
@@ -86,30 +88,29 @@ def _copy(shape, sources, firsts, sizes, out, full, empty):
             def _():
                 plgpu.barrier_wait(empty.at[slot])
 
-            whole = (j + 1) * DEPTH <= size
             for (source, rest, ring, width), place in zip(sources, (row, column), strict=True):
                 there = pl.ds(place * width, width)
 
                 def copy(source, start, there=there, ring=ring):
                     plgpu.copy_gmem_to_smem(source.at[pl.ds(start, DEPTH), there], ring.at[slot], full.at[slot])
 
-                pl.when(whole)(functools.partial(copy, source, first + j * DEPTH))
-                pl.when(~whole)(functools.partial(copy, rest, group * DEPTH))
+                pl.when(j < whole)(functools.partial(copy, source, first + j * DEPTH))
+                pl.when(j >= whole)(functools.partial(copy, rest, (group * REST + j - whole) * DEPTH))
             return count + 1
 
-        return lax.fori_loop(0, _steps(size), step, count)
+        return lax.fori_loop(0, whole + rests[group], step, count)
 
     each_tile(out, shape, tile)
 
 
-def _multiply(shape, x_ring, dy_ring, sizes, out, full, empty, staged):
+def _multiply(shape, x_ring, dy_ring, blocks, rests, out, full, empty, staged):
     """The program of the two others."""
     warpgroup = lax.axis_index("warpgroup")
     row_corner, column_corner = shape.corner(warpgroup)
     rows, columns = pl.ds(row_corner, shape.part[0]), pl.ds(column_corner, shape.part[1])
 
     def tile(group, row, column, count):
-        steps = _steps(sizes[group])
+        steps = blocks[group] + rests[group]
 
         def run(sums):
             def step(j, count):

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.hopper.ring import PRODUCER, buffers, each, persistent, release_last, release_previous, stages
 from qwen35_jax.ops.hopper.store import staging, store_tile
-from qwen35_jax.ops.hopper.tiles import Shape, row_tiles, tile_count
+from qwen35_jax.ops.hopper.tiles import ALIGNED, Shape, row_tiles, tile_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,11 +69,11 @@ def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, o
     shape = product.shape
     x = x.astype(jnp.bfloat16) if opened else x
     rows, width = x.shape[0], w.shape[1 if transposed else 2]
-    padded = max(rows, shape.rows)
+    padded = max(-(-rows // ALIGNED) * ALIGNED, shape.rows)
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
     scales = []
-    if x_scales is not None:  # the copies want rows of a multiple of 16 bytes
-        scales.append(jnp.pad(x_scales.T, ((0, 0), (0, -(-padded // 4) * 4 - rows))))
+    if x_scales is not None:
+        scales.append(jnp.pad(x_scales.T, ((0, 0), (0, padded - rows))))
     if w_scales is not None:
         scales.append(w_scales)
     table = row_tiles(group_sizes, padded, shape.rows)

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen35_jax.compat import store_anyhow
+
 _LINE = 128  # bytes
 
 
@@ -41,7 +43,7 @@ def store_tile(total, staged, out, warpgroup, row, begin, end, column):
 
     @pl.when(end - begin < rows)
     def _():
-        plgpu.store(plain.at[warpgroup], total, optimized=False)  # banks conflict: only the last rows of groups go this way
+        store_anyhow(plain.at[warpgroup], total)  # banks conflict: only the last rows of groups go this way
         plgpu.commit_smem()
         # A copy has a fixed number of rows: some of 1, 2, 4, ... make up any number.
         first, left, size = begin, end - begin, rows // 2

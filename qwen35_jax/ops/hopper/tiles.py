@@ -7,6 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+# Rows of a tile in shared memory as `wgmma` reads it: a copy to or from one begins at a multiple of it.
+ALIGNED = 8
+
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
@@ -30,21 +33,24 @@ class Shape:
 
 def tile_count(rows: int, groups: int, height: int) -> int:
     """The most tiles of `height` rows that `groups` groups and the rows behind them can need."""
-    return rows // height + min(groups + 1, rows)
+    groups = min(groups + 1, rows)
+    return (rows + (ALIGNED - 1) * groups) // height + groups
 
 
 def row_tiles(group_sizes: jax.Array, rows: int, height: int) -> tuple[jax.Array, ...]:
     """Tiles of at most `height` rows of one group: group, start, skip, size int32 [tile_count], and how many there are [1].
 
     A tile computes rows start .. start + height, all inside the array, of which `size` behind the first `skip` are its own.
-    Rows behind the groups form a last one, whose number is that of the groups.
+    Rows behind the groups form a last one, whose number is that of the groups. `rows` and every start are multiples of ALIGNED.
     """
     sizes = jnp.concatenate([group_sizes, rows - jnp.sum(group_sizes, keepdims=True)]).astype(jnp.int32)
-    counts = -(-sizes // height)
+    firsts = jnp.cumsum(sizes) - sizes
+    before = firsts % ALIGNED  # rows of other groups that a group's first tile begins with
+    counts = jnp.where(sizes > 0, -(-(before + sizes) // height), 0)
     ends = jnp.cumsum(counts)
     tile = jnp.arange(tile_count(rows, group_sizes.shape[0], height), dtype=jnp.int32)
     group = jnp.minimum(jnp.searchsorted(ends, tile, side="right"), sizes.shape[0] - 1).astype(jnp.int32)
-    behind = (tile - ends[group] + counts[group]) * height  # rows of the group in tiles before
-    first = (jnp.cumsum(sizes) - sizes)[group] + behind
-    start = jnp.minimum(first, rows - height)
-    return group, start, first - start, jnp.clip(sizes[group] - behind, 0, height), ends[-1:]
+    begin = (firsts - before)[group] + (tile - ends[group] + counts[group]) * height
+    first, last = jnp.maximum(begin, firsts[group]), jnp.minimum(begin + height, (firsts + sizes)[group])
+    start = jnp.minimum(begin, rows - height)
+    return group, start, first - start, jnp.maximum(last - first, 0), ends[-1:]

@@ -1,0 +1,28 @@
+"""Times of functions that take turns, so that whatever slows the machine slows all."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+
+
+def calls_at_once() -> int:
+    """Calls that one sample begins before it waits: on an accelerator so many that starting one hides behind the others."""
+    return 1 if jax.default_backend() == "cpu" else 20
+
+
+def medians(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of a call of each function over `rounds` samples, after two that are not counted."""
+    calls = calls_at_once()
+    seconds = {name: [] for name in functions}
+    for _ in range(rounds + 2):
+        for name, function in functions.items():
+            begin = time.perf_counter()
+            for _ in range(calls):
+                last = function()
+            jax.block_until_ready(last)
+            seconds[name].append((time.perf_counter() - begin) / calls)
+    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
