@@ -112,6 +112,22 @@ def test_zero_keys_and_queries(kernel):
     check(kernel, (np.zeros_like(q), np.zeros_like(k), *rest))
 
 
+@pytest.mark.parametrize("kernel", [pytest.param("pallas_gpu", marks=on_hopper)], indirect=True)
+@pytest.mark.parametrize(("time", "stages"), [(1, 4), (3, 4), (1, 2)])
+def test_blocks_of_many_strips(kernel, monkeypatch, time, stages):
+    """Three thread blocks for 32 strips, more than each holds at once, not the same number for each."""
+    monkeypatch.setattr(gpu_decode.ring, "SMS", 1)
+    monkeypatch.setattr(gpu_decode, "STAGES", stages)
+    check(kernel, make(time=time))
+
+
+@on_hopper
+def test_as_many_tokens_as_there_is_room_for():
+    assert gpu_decode._room(1, 4) == (3, 4) and gpu_decode._room(4, 4) == (3, 3) and gpu_decode._room(40, 4) == (1, 2)
+    with pytest.raises(UserError, match="no room for 50 tokens"):
+        gated_delta_step(*make(time=50, slots=2), implementation="pallas_gpu")
+
+
 def test_no_races():
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 
@@ -119,6 +135,18 @@ def test_no_races():
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         jax.block_until_ready(jax.jit(step)(*make(time=2), np.array([3, 1])))
     assert not interpreter.races.races_found
+
+
+@on_hopper
+@pytest.mark.slow
+def test_no_races_on_hopper(monkeypatch):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    monkeypatch.setattr(gpu_decode.ring, "SMS", 1)
+    step = functools.partial(gated_delta_step, implementation="pallas_gpu", return_states=True)
+    with mosaic_gpu.interpreted(detect_races=True):
+        jax.block_until_ready(jax.jit(step)(*make(time=2), np.array([3, 1])))
+    assert not interpreter.get_races().races_found
 
 
 WIDTHS = {"pallas_tpu": (64, "Hk, Hv in multiples of 128, not 128, 64"), "pallas_gpu": (48, "Hv in multiples of 32, not 128, 48")}

@@ -30,6 +30,7 @@ pytestmark = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU ke
 
 # float32 results: sums of up to 384 terms in float32. bfloat16 results: one rounding more.
 BOUND, ROUNDED = 1e-6, 4e-3
+TENSOR_CORES = 2e-3  # what those of Hopper sum of FP8 numbers is kept in 14 bits (DeepSeek-V3, section 3.3.2); 1e-3 was seen
 ROWS, GROUPS, IN, OUT = 96, 4, 256, 128
 GROUP_SIZES = {
     "ragged": (3, 0, 69, 17),
@@ -48,6 +49,10 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(ring, "SMS", 2)
     with mosaic_gpu.run_or_interpreted():
         yield
+
+
+def fp8_bound() -> float:
+    return TENSOR_CORES if mosaic_gpu.has_gpu() else BOUND
 
 
 def dense(x, w, sizes):
@@ -139,7 +144,7 @@ def test_grouped_training(sizes):
     x = round_reference(np.asarray(x), (1,))
     for n, end, got in zip(sizes, np.cumsum(sizes), dw, strict=True):
         want = round_rows(x[end - n : end]).T @ round_rows(np.asarray(dy)[end - n : end])
-        assert distance(got, want) < BOUND if n else not np.asarray(got).any()
+        assert distance(got, want) < fp8_bound() if n else not np.asarray(got).any()
 
 
 def round_rows(a: np.ndarray) -> np.ndarray:
@@ -152,7 +157,7 @@ def test_linear_training(spec):
     x, dy = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, dy))
     f = functools.partial(linear, spec=spec, implementation="pallas_gpu")
     got = products(lambda x, w: f(x, w), x.astype(jnp.bfloat16), w, dy.astype(jnp.bfloat16))
-    for a, b, bound in zip(got, expected_products(spec, x, w, dy), (ROUNDED, ROUNDED, BOUND), strict=True):
+    for a, b, bound in zip(got, expected_products(spec, x, w, dy), (ROUNDED, ROUNDED, fp8_bound()), strict=True):
         assert distance(a, b) < bound
 
 
@@ -195,7 +200,7 @@ def test_linear_both_in_fp8(monkeypatch, many):
     broken = np.isin(np.arange(70), (3, 5))
     assert np.isnan(np.asarray(y)[broken]).all() and np.isfinite(np.asarray(y)[~broken]).all()
     for got, want in zip(np.asarray(y)[~broken], scaled(x)[~broken] @ dequantize_reference(w), strict=True):
-        assert distance(got, want) < BOUND
+        assert distance(got, want) < (BOUND if many else fp8_bound())
     dy = normal(y.shape, 4)
     want = np.asarray(dy.astype(jnp.bfloat16)).astype(np.float64) @ np.asarray(dequantize(w, jnp.bfloat16), np.float64).T
     assert distance(back(dy)[0], want) < ROUNDED

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta.gates import gates_of, padded
-from qwen35_jax.ops.gated_delta.gpu_chunks import CHUNK, WIDTH, bf16, chunk_kernel, f32, tiled
+from qwen35_jax.ops.gated_delta.gpu_chunks import CHUNK, SQUARES, WIDTH, bf16, chunk_kernel, f32, tiled
+from qwen35_jax.ops.gated_delta.gpu_chunks import PARTS as CHUNK_PARTS
 from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, gate_gradients, gradient_kernel
 from qwen35_jax.ops.gated_delta.gpu_states import HALF, PARTS, STAGES, forward_kernel, reverse_kernel
 from qwen35_jax.ops.gated_delta.kept import STATES, UPDATES
@@ -50,42 +52,41 @@ def _chunked(x):
     return jnp.swapaxes(x.reshape(x.shape[0], -1, CHUNK, x.shape[2]), 2, 3)
 
 
-def _gate_rows(g, beta, keys: int):
-    """g, beta [B, M, N, C] -> [B, M, K, R, 6, C], the rows that `gpu_chunks.py` names."""
+def _gate_rows(g, beta):
+    """g, beta [B, M, N, C] -> [B, M, N, 6, C], the rows that `gpu_chunks.py` names."""
     coarse = jnp.floor(g * GRAIN + 0.5) / GRAIN  # multiples of 1 / GRAIN, which fp32 adds exactly, and rests
-    coarse, rest = jnp.cumsum(coarse, axis=-1), jnp.cumsum(g - coarse, axis=-1)
+    until = jnp.triu(jnp.ones((CHUNK, CHUNK), f32))
+    coarse, rest = jnp.matmul(jnp.stack([coarse, g - coarse]), until, precision="highest")
     after = (coarse[..., -1:] - coarse) + (rest[..., -1:] - rest)
     before = jnp.exp(coarse + rest)
     total = jnp.broadcast_to(before[..., -1:], before.shape)
-    rows = jnp.stack([coarse, rest, beta, before, jnp.exp(after), total], axis=-2)
-    return rows.reshape(*g.shape[:2], keys, -1, *rows.shape[3:])
+    return jnp.stack([coarse, rest, beta, before, jnp.exp(after), total], axis=-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _rule(q, k, v, g, beta, initial_state, normalize_qk):
-    squares, scalars = _chunks(q, k, _gate_rows(g, beta, q.shape[2]), normalize_qk)
+    squares, scalars = _chunks(q, k, _gate_rows(g, beta), normalize_qk)
     return tuple(_states(forward_kernel, q, k, v, squares, scalars, initial_state, save=False))
 
 
 def _chunks(q, k, gates, normalize_qk):
-    """squares [B, M, N, 4 C, C] bf16 and scalars [B, M, N, 4, C] fp32 of `gpu_chunks.chunk_kernel`."""
-    batch, chunks, keys, group = gates.shape[:4]
-    heads = batch, chunks, keys * group
+    """squares [B, M, N, 3 C, C] bf16 and scalars [B, M, N, 4, C] fp32 of `gpu_chunks.chunk_kernel`."""
+    heads = gates.shape[:3]
+    blocks = -(-math.prod(heads) // CHUNK_PARTS)
     return _launch(
-        functools.partial(chunk_kernel, normalize_qk, group),
+        functools.partial(chunk_kernel, normalize_qk, heads[2] // q.shape[2]),
         "gated_delta_chunks",
         (q, k, gates),
-        [jax.ShapeDtypeStruct((*heads, 4 * CHUNK, CHUNK), bf16), jax.ShapeDtypeStruct((*heads, 4, CHUNK), f32)],
-        dict(grid=(keys, chunks, batch), grid_names=("head", "chunk", "batch")),
+        [jax.ShapeDtypeStruct((*heads, SQUARES * CHUNK, CHUNK), bf16), jax.ShapeDtypeStruct((*heads, 4, CHUNK), f32)],
+        dict(grid=(blocks,), grid_names=("block",), num_threads=CHUNK_PARTS, thread_name="part"),
         [
-            tiled(CHUNK, WIDTH),
-            tiled(CHUNK, WIDTH),
-            plgpu.SMEM(gates.shape[3:], f32),
-            tiled(4 * CHUNK, CHUNK),
-            tiled(CHUNK, CHUNK),
-            plgpu.SMEM((CHUNK,), f32),
-            plgpu.SMEM((4, CHUNK), f32),
-            plgpu.Barrier(num_arrivals=3),
+            tiled(CHUNK_PARTS, CHUNK, WIDTH),
+            tiled(CHUNK_PARTS, CHUNK, WIDTH),
+            plgpu.SMEM((CHUNK_PARTS, *gates.shape[3:]), f32),
+            tiled(CHUNK_PARTS, SQUARES * CHUNK, CHUNK),
+            plgpu.SMEM((CHUNK_PARTS, CHUNK), f32),
+            plgpu.SMEM((CHUNK_PARTS, 4, CHUNK), f32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=CHUNK_PARTS),
         ],
     )
 
@@ -98,7 +99,7 @@ def _states(kernel, q, k, values, squares, scalars, state, save: bool):
         outputs.append(jax.ShapeDtypeStruct((batch, chunks, heads, WIDTH, WIDTH), bf16))
         if kernel is forward_kernel:
             outputs.append(jax.ShapeDtypeStruct((batch, chunks, heads, WIDTH, CHUNK), bf16))
-    buffers = [tiled(STAGES, CHUNK, WIDTH)] * 3 + [tiled(STAGES, 4 * CHUNK, CHUNK), plgpu.SMEM((STAGES, 4, CHUNK), f32)]
+    buffers = [tiled(STAGES, CHUNK, WIDTH)] * 3 + [tiled(STAGES, SQUARES * CHUNK, CHUNK), plgpu.SMEM((STAGES, 4, CHUNK), f32)]
     barriers = [plgpu.Barrier(num_arrivals=n, num_barriers=STAGES) for n in (len(buffers), PARTS)]
     return _launch(
         functools.partial(kernel, chunks, heads // q.shape[2]),
@@ -133,7 +134,8 @@ def _gradients(q, k, gates, scalars, updates, d_out, dv, states, d_states, norma
             tiled(CHUNK, CHUNK),
             plgpu.SMEM((CHUNK,), f32),
             plgpu.SMEM((ROWS, CHUNK), f32),
-            plgpu.Barrier(num_arrivals=9),
+            plgpu.Barrier(num_arrivals=6),
+            plgpu.Barrier(num_arrivals=3),
             plgpu.Barrier(num_arrivals=2),
         ],
     )
@@ -151,7 +153,7 @@ def _launch(kernel, name: str, operands, outputs, grid: dict, scratch):
 
 
 def _rule_fwd(q, k, v, g, beta, initial_state, normalize_qk):
-    squares, scalars = _chunks(q, k, _gate_rows(g, beta, q.shape[2]), normalize_qk)
+    squares, scalars = _chunks(q, k, _gate_rows(g, beta), normalize_qk)
     out, final, *saved = _states(forward_kernel, q, k, v, squares, scalars, initial_state, save=True)
     saved = [checkpoint_name(x, name) for x, name in zip(saved, (STATES, UPDATES), strict=True)]
     return (out, final), (q, k, g, beta, *saved)
@@ -161,10 +163,9 @@ def _rule_bwd(normalize_qk, residuals, cotangents):
     """Gradients of q, k, v, g, beta and initial_state. What each chunk needs for itself is made again, not kept."""
     q, k, g, beta, states, updates = residuals
     d_out, d_final = cotangents
-    gates = _gate_rows(g, beta, q.shape[2])
+    gates = _gate_rows(g, beta)
     squares, scalars = _chunks(q, k, gates, normalize_qk)
     dv, d_first, d_states = _states(reverse_kernel, q, k, d_out, squares, scalars, d_final, save=True)
-    gates = gates.reshape(*g.shape[:3], -1, CHUNK)
     dq, dk, rows = _gradients(q, k, gates, scalars, updates, d_out, dv, states, d_states, normalize_qk)
     dg, dbeta = gate_gradients(rows, gates)
     return dq, dk, dv, dg, dbeta, d_first

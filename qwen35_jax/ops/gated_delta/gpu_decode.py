@@ -1,8 +1,9 @@
-"""The gated delta rule over a few tokens for Hopper (Mosaic GPU): one warpgroup reads a strip of one head's state, all of the
-key's width by WIDTH of the value's, advances it by every token in registers, and writes it back to where it was.
+"""The gated delta rule over a few tokens for Hopper (Mosaic GPU): one warpgroup takes a strip of one head's state, all of the
+key's width by WIDTH of the value's, advances it by every token in registers, and returns it to where it was.
 
-Decoding moves 128 KiB a head and token through memory and computes little, so nothing goes through shared memory but the sums
-over the key's width, and what hides the memory's latency are the multiprocessor's other warpgroups. The state is read once:
+Decoding moves 128 KiB a head and token through memory and computes little: what counts is that memory is never idle. So
+blocks are persistent, and while one strip is advanced, copies (TMA) bring the next ones and take the last one away.
+The state is read once:
 
     u = beta (v - e^g S^T k);  o = e^g S^T q + (q.k) u;  S' = e^g S + k u^T
 """
@@ -17,13 +18,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qwen35_jax.compat import HAS_MOSAIC_GPU
+from qwen35_jax.compat import HAS_MOSAIC_GPU, store_anyhow
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta.xla import step_inputs
+from qwen35_jax.ops.hopper import ring
 
 KEYS = 128  # the key's width: the rows of the state
-WIDTH = 32  # columns of the state that a warpgroup holds: 32 numbers a thread
-DECAY, BETA, ALONG = range(3)  # scalars of a token and head: e^g, beta, q.k
+WIDTH = 32  # columns of the state that a warpgroup holds: 32 numbers a thread, 128 bytes of a row
+STAGES = 4  # strips in a block's shared memory: one being advanced, one on its way out, the others on their way in
+BLOCKS_PER_SM = 3  # as many as there is room for, 75 KiB each: one computes while another waits
+KEY, QUERY, SCALARS, VALUES = range(4)  # rows of what comes with a token and head; the last are as many as it takes
+DECAY, BETA, ALONG = range(3)  # its scalars: e^g, beta, q.k
+SUMS = 2 * 2**10  # bytes of shared memory in which the warps' sums over the rows meet
+# A thread holds four columns of every sixteenth row, eight threads a row: rows of 128 bytes are read whole, without bank
+# conflicts, and sums over the rows take 8 shuffles (in the layout of `wgmma`: 24).
+LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def supports(key_width: int, value_width: int) -> bool:
@@ -44,47 +53,109 @@ def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, retur
     slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
     dtype = v.dtype
     q, k, v, g, beta = step_inputs(q, k, v, g, beta, active, normalize_qk)
-    along = jnp.repeat(jnp.sum(q * k, axis=-1), heads // keys, axis=2)
-    scalars = jnp.stack([jnp.exp(g), beta, along], axis=-1)
+    q, k = (jnp.repeat(x, heads // keys, axis=2) for x in (q, k))
+    scalars = jnp.stack([jnp.exp(g), beta, jnp.sum(q * k, axis=-1)], axis=-1)
+    # All that a token and head need beside the state, so that one copy brings it: each has 128 arrivals at a barrier.
+    vectors = jnp.concatenate([_rows(x) for x in (k, q, scalars, v)], axis=3)
+    blocks, stages = _room(time, vectors.shape[3])
     outputs = [jax.ShapeDtypeStruct(v.shape, jnp.float32)]
     if return_states:
         outputs.append(jax.ShapeDtypeStruct((batch, time, *state.shape[1:]), state.dtype))
+    items = batch * heads * (value_width // WIDTH)
     kernel = plgpu.kernel(
-        functools.partial(_step_kernel, time, heads // keys),
+        functools.partial(_step_kernel, items),
         out_type=outputs,
-        grid=(value_width // WIDTH, heads, batch),
-        grid_names=("strip", "head", "row"),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane),
+        scratch_types=[
+            plgpu.SMEM((stages, KEYS, WIDTH), jnp.float32),
+            plgpu.SMEM((stages, time, *vectors.shape[3:]), jnp.float32),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        ],
+        grid=(min(ring.SMS * blocks, items),),
+        grid_names=("sm",),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, reduction_scratch_bytes=SUMS),
         kernel_name="gated_delta_step",
     )
     new = jax.new_ref(state)
-    out, *states = kernel(slots, q, k, v, scalars, new)
+    out, *states = kernel(slots, vectors, new)
     return out.astype(dtype), jax.freeze(new), *states
 
 
-def _step_kernel(time: int, group: int, slots, q, k, v, scalars, state, out, states=None):
-    """In memory: q, k [B, T, K, Hk], v, out [B, T, N, Hv], scalars [B, T, N, 3], state [S, N, Hk, Hv], fp32."""
-    row, head = lax.axis_index("row"), lax.axis_index("head")
-    strip = pl.ds(lax.axis_index("strip") * WIDTH, WIDTH)
-    mine = state.at[slots[row], head, :, strip]
-    matrix = plgpu.load(mine, layout=plgpu.Layout.WGMMA, optimized=False)
-    for t in range(time):
-        key, query = (_vector(x.at[row, t, head // group], axis=1) for x in (k, q))
-        decay, beta, along = (scalars[row, t, head, i] for i in (DECAY, BETA, ALONG))
-        columns = _over(key, 0)
-        update = beta * (_vector(v.at[row, t, head, strip], axis=0) - decay * jnp.sum(columns * matrix, axis=0))
-        out[row, t, head, strip] = decay * jnp.sum(_over(query, 0) * matrix, axis=0) + along * update
-        matrix = decay * matrix + columns * _over(update, 1)
-        if states is not None:
-            states[row, t, head, :, strip] = matrix
-    mine[...] = matrix
+def _room(time: int, rows: int) -> tuple[int, int]:
+    """Blocks that a multiprocessor has room for, and strips in each, where each of `time` tokens comes with `rows` vectors."""
+    for blocks in range(BLOCKS_PER_SM, 0, -1):
+        stages = (ring.SHARED_MEMORY // blocks - SUMS) // (4 * KEYS * (WIDTH + time * rows))
+        if stages >= 2:
+            return blocks, min(STAGES, stages)
+    raise UserError(f"gated_delta_step: pallas_gpu has no room for {time} tokens at a time; pass fewer or use xla")
+
+
+def _rows(x: jax.Array) -> jax.Array:
+    """[..., n] -> [..., rows of KEYS numbers, KEYS], padded with zeros."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % KEYS)])
+    return x.reshape(*x.shape[:-1], -1, KEYS)
+
+
+def _step_kernel(items: int, slots, vectors, state, out, *refs):
+    """In memory: vectors [B, T, N, rows, KEYS], state [S, N, Hk, Hv], out [B, T, N, Hv], fp32; states [B, T, N, Hk, Hv] where
+    asked for. An item is a strip of a row's head; neighbouring blocks take neighbouring ones."""
+    *states, strips_smem, vectors_smem, loaded = refs
+    time, heads, value_width = out.shape[1:]
+    strips, stages = value_width // WIDTH, loaded.shape[0]
+    blocks = lax.axis_size("sm")
+
+    def place(item):
+        head = lax.div(item, strips)
+        return lax.div(head, heads), lax.rem(head, heads), lax.rem(item, strips)
+
+    def load(item, slot, stage):
+        row, head, strip = place(item)
+        strip = state.at[slot, head, :, pl.ds(strip * WIDTH, WIDTH)]
+        plgpu.copy_gmem_to_smem(strip, strips_smem.at[stage], loaded.at[stage])
+        plgpu.copy_gmem_to_smem(vectors.at[row, :, head], vectors_smem.at[stage], loaded.at[stage])
+
+    def step(item, count):
+        stage, ahead = lax.rem(count, stages), item + (stages - 1) * blocks
+        row, head, strip = place(item)
+        columns = pl.ds(strip * WIDTH, WIDTH)
+        # Read long before the copies need them.
+        slot, slot_ahead = slots[row], slots[place(jnp.minimum(ahead, items - 1))[0]]
+        values = VALUES + lax.div(strip * WIDTH, KEYS), pl.ds(lax.rem(strip * WIDTH, KEYS), WIDTH)
+        plgpu.barrier_wait(loaded.at[stage])
+        buffer = strips_smem.at[stage]
+        matrix = plgpu.load(buffer, layout=LAYOUT, optimized=False)
+        for t in range(time):
+            token = vectors_smem.at[stage, t]
+            key, query = (_over(_vector(token.at[i], axis=1), 0) for i in (KEY, QUERY))
+            decay, beta, along = (token[SCALARS, i] for i in (DECAY, BETA, ALONG))
+            update = beta * (_vector(token.at[values], axis=0) - decay * jnp.sum(key * matrix, axis=0))
+            read = decay * jnp.sum(query * matrix, axis=0)
+            store_anyhow(out.at[row, t, head, columns], read + along * update)
+            matrix = decay * matrix + key * _over(update, 1)
+            for ref in states:
+                store_anyhow(ref.at[row, t, head, :, columns], matrix)
+        store_anyhow(buffer, matrix)
+        plgpu.commit_smem()  # copies may read what was written here, and overwrite what was read, only after a fence
+        plgpu.copy_smem_to_gmem(buffer, state.at[slot, head, :, columns])
+        plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the strip before has left its buffer
+
+        @pl.when(ahead < items)
+        def _():
+            load(ahead, slot_ahead, lax.rem(count + stages - 1, stages))
+
+        return count + 1
+
+    for stage in range(stages - 1):
+        item = lax.axis_index("sm") + stage * blocks
+        pl.when(item < items)(lambda item=item, stage=stage: load(item, slots[place(item)[0]], stage))
+    ring.each(items, step)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _vector(ref, axis: int) -> jax.Array:
-    """A vector in memory, laid out as the state is but for `axis`."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(axis), optimized=False)
+    """A vector in shared memory, laid out as the state is but for `axis`."""
+    return plgpu.load(ref, layout=LAYOUT.reduce(axis), optimized=False)
 
 
 def _over(x: jax.Array, axis: int) -> jax.Array:
     """x over the rows (axis 0) or columns of the state."""
-    return lax.broadcast_in_dim(x, (KEYS, WIDTH), (axis,))
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (KEYS, WIDTH), (axis,)), LAYOUT)

@@ -55,13 +55,14 @@ class _Block:
         (self.q_ref, self.k_ref, self.gates_ref, self.scalars_ref, self.updates_ref, self.d_out_ref, self.dv_ref,
          self.states_ref, self.d_states_ref, self.dq_ref, self.dk_ref, self.rows_ref,
          self.tokens, self.gates, self.scalars, self.updates, self.rights, self.state, self.d_state,
-         self.squares, self.earlier, self.lengths, self.rows, self.loaded, self.together) = refs  # fmt: skip
+         self.squares, self.earlier, self.lengths, self.rows, self.loaded, self.states_loaded, self.together) = refs  # fmt: skip
         self.normalize = normalize
         n, m, b = (lax.axis_index(name) for name in ("head", "chunk", "batch"))
         self.chunk, self.values = (b, m, n), (b, pl.ds(m * CHUNK, CHUNK), n)
         self.keys = b, pl.ds(m * CHUNK, CHUNK), lax.div(n, jnp.int32(group))
 
     def load(self) -> None:
+        """What the scores need, then, while those are computed, the states."""
         for source, buffer in (
             (self.q_ref.at[self.keys], self.tokens.at[QUERIES]),
             (self.k_ref.at[self.keys], self.tokens.at[KEYS]),
@@ -69,11 +70,14 @@ class _Block:
             (self.d_out_ref.at[self.values], self.rights.at[QUERIES]),
             (self.dv_ref.at[self.values], self.rights.at[KEYS]),
             (self.updates_ref.at[self.chunk], self.updates),
+        ):
+            plgpu.copy_gmem_to_smem(source, buffer, self.loaded)
+        for source, buffer in (
             (self.states_ref.at[self.chunk], self.state),
             (self.d_states_ref.at[self.chunk], self.d_state),
             (self.scalars_ref.at[self.chunk], self.scalars),
         ):
-            plgpu.copy_gmem_to_smem(source, buffer, self.loaded)
+            plgpu.copy_gmem_to_smem(source, buffer, self.states_loaded)
 
     def meet(self) -> None:
         plgpu.barrier_arrive(self.together)
@@ -130,13 +134,14 @@ def _queries(block: _Block) -> None:
     block.meet()  # the lengths of keys, and `earlier`
     block.through_scores(QUERIES, length * WIDTH**-0.5)
     plgpu.commit_smem()
+    plgpu.barrier_wait(block.states_loaded)
     block.rows[CROSSED] = _crossed(block)
     dq = block.through_state(QUERIES, on_rows(block.scalars.at[OUT]))
     block.meet()  # the rows, and Y
     dq += product((block.squares.at[QUERIES], block.tokens.at[KEYS]))
     block.write(QUERIES, dq, length, block.dq_ref)
     plgpu.copy_smem_to_gmem(block.rows, block.rows_ref.at[block.chunk])
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def _crossed(block: _Block) -> jax.Array:
@@ -156,6 +161,7 @@ def _keys(block: _Block) -> None:
     block.lengths[...] = length
     block.meet()
     block.through_scores(KEYS, -length)
+    plgpu.barrier_wait(block.states_loaded)
     written = product((turned(block.updates), block.d_state))
     block.rows[WRITTEN] = length * jnp.sum(written * block.read_tokens(KEYS), axis=1)
     dk = per_row(on_rows(block.scalars.at[WRITE]), WIDTH) * written
@@ -166,7 +172,7 @@ def _keys(block: _Block) -> None:
     keys, queries = block.tokens.at[KEYS], block.tokens.at[QUERIES]
     dk += product((lower, keys), (turned(lower), keys), (turned(mixing), queries))
     block.write(KEYS, dk, length, block.dk_ref)
-    plgpu.wait_smem_to_gmem(0)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
 
 def gate_gradients(rows: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:

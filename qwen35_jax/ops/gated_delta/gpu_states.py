@@ -19,8 +19,7 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     ACROSS,
     CHUNK,
     INVERSE,
-    LOWER,
-    LOWER_REST,
+    INVERSE_REST,
     MIXING,
     OUT,
     READ,
@@ -51,11 +50,10 @@ def store_turned(ref, x: jax.Array) -> None:
     turned(ref)[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def solve(right: jax.Array, inverse, lower, lower_rest) -> jax.Array:
-    """right (I + L)^-1 of [Hv / 2, C], fp32, refined once: the residual is exact to 2^-17 (`tpu_kernels.solve`)."""
-    first = product((right.astype(bf16), inverse)).astype(bf16)
-    residual = right - first.astype(f32) - product((first, lower), (first, lower_rest))
-    return first.astype(f32) + product((residual.astype(bf16), inverse))
+def solve(right: jax.Array, inverse, inverse_rest) -> jax.Array:
+    """right (I + L)^-1 of [Hv / 2, C], fp32. Both are taken in two parts: where keys repeat, terms nearly cancel."""
+    high = right.astype(bf16)
+    return product((high, inverse), (high, inverse_rest), ((right - high.astype(f32)).astype(bf16), inverse))
 
 
 class _Ring:
@@ -148,8 +146,7 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
             _send(low, state_smem.at[part], saved[0].at[b, m, n, rows])
         k_read, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))])
         right = load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
-        squares = (turned(chunk.square(i)) for i in (INVERSE, LOWER, LOWER_REST))
-        update = solve(right, *squares).astype(bf16)
+        update = solve(right, *(turned(chunk.square(i)) for i in (INVERSE, INVERSE_REST))).astype(bf16)
         if saved:
             _send(update, out_smem.at[part], saved[1].at[b, m, n, rows])
         written = (chunk.per_token(WRITE) * update.astype(f32)).astype(bf16)
@@ -181,7 +178,7 @@ def reverse_kernel(chunks: int, group: int, q_ref, k_ref, d_out_ref, squares_ref
         d_out = load_turned(chunk.values.at[:, rows])
         mixed, k_d_state = products([(d_out, chunk.square(MIXING))], [(low, turned(chunk.k))])
         d_update = mixed + chunk.per_token(WRITE) * k_d_state
-        dv = solve(d_update, *(chunk.square(i) for i in (INVERSE, LOWER, LOWER_REST)))
+        dv = solve(d_update, *(chunk.square(i) for i in (INVERSE, INVERSE_REST)))
         _send_turned(dv.astype(bf16), dv_smem.at[part], dv_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
         d_k_read = (-chunk.per_token(READ) * dv).astype(bf16)
         d_q_read = (chunk.per_token(OUT) * d_out.astype(f32)).astype(bf16)

@@ -21,6 +21,8 @@ from qwen35_jax.ops.hopper.ring import PRODUCER, buffers, each, persistent, rele
 from qwen35_jax.ops.hopper.store import staging, store_tile
 from qwen35_jax.ops.hopper.tiles import ALIGNED, Shape, row_tiles, tile_count
 
+AHEAD = 4  # steps: memory answers later than a block is multiplied
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -67,7 +69,8 @@ def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, o
     scaled, opened = x_scales is not None, w_scales is not None and not transposed
     product = Product(_shape(x, w, group_sizes.shape[0], transposed, scaled), transposed, scaled, opened)
     shape = product.shape
-    x = x.astype(jnp.bfloat16) if opened else x
+    if opened:
+        x = x.astype(jnp.float16 if scaled else jnp.bfloat16)
     rows, width = x.shape[0], w.shape[1 if transposed else 2]
     padded = max(-(-rows // ALIGNED) * ALIGNED, shape.rows)
     x = jnp.pad(x, ((0, padded - rows), (0, 0)))
@@ -112,7 +115,7 @@ def _kernel(product: Product, parts: int, *refs):
     if product.scaled:
         scratch["scale_ring"] = plgpu.SMEM((count, shape.rows), jnp.float32)
     if product.opened:
-        scratch["weights"] = buffers(product.weights[0], product.weights[1:], jnp.bfloat16)
+        scratch["weights"] = buffers(product.weights[0], product.weights[1:], x.dtype)
 
     def run(**scratch):
         state = _Kernel(product, parts, x, w, x_scales, w_scales, table, out, **scratch)
@@ -238,9 +241,9 @@ class _Kernel:
         scale_of = self._scale_of(first, group, column)
 
         def step(j, carry):
-            count, scale, total = carry
+            count, (scale, *ahead), total = carry
             slot = lax.rem(count, self.stages)
-            following = scale_of(j + 1)
+            ahead.append(scale_of(j + AHEAD))
             plgpu.barrier_wait(self.full.at[slot])
             scales = self._row_scales(slot)
 
@@ -250,9 +253,9 @@ class _Kernel:
 
             block = pl.run_scoped(dot, plgpu.ACC(shape.part))
             plgpu.barrier_arrive(self.empty.at[slot])
-            return count + 1, following, total + block * lax.broadcast_in_dim(scales * scale, shape.part, (0,))
+            return count + 1, tuple(ahead), total + block * lax.broadcast_in_dim(scales * scale, shape.part, (0,))
 
-        count, _, total = lax.fori_loop(0, steps, step, (count, scale_of(0), self._zeros()))
+        count, _, total = lax.fori_loop(0, steps, step, (count, tuple(map(scale_of, range(AHEAD))), self._zeros()))
         return total, count
 
     def _upcast(self, first, steps, group, column, count):
@@ -261,14 +264,14 @@ class _Kernel:
         scale_of = self._scale_of(first, group, column)
 
         def block(j, carry):
-            count, scale, total = carry
-            following = scale_of(2 * j + 2)
+            count, (scale, *ahead), total = carry
+            ahead.append(scale_of(2 * (j + AHEAD)))
 
             def dot(sums):
                 for half in range(2):
                     slot, turn = lax.rem(count + half, self.stages), 2 * warpgroup + half
                     plgpu.barrier_wait(self.full.at[slot])
-                    self._open(slot, turn, lambda w: w.astype(jnp.bfloat16))
+                    self._open(slot, turn, lambda w: w)
                     plgpu.wgmma(sums, self._operands(slot)[0], self.weights.at[turn])
                 return sums[...]
 
@@ -276,9 +279,10 @@ class _Kernel:
             scales = self._row_scales(lax.rem(count, self.stages))
             for half in range(2):
                 plgpu.barrier_arrive(self.empty.at[lax.rem(count + half, self.stages)])
-            return count + 2, following, total + sums * lax.broadcast_in_dim(scales * scale, shape.part, (0,))
+            return count + 2, tuple(ahead), total + sums * lax.broadcast_in_dim(scales * scale, shape.part, (0,))
 
-        count, _, total = lax.fori_loop(0, lax.div(steps, 2), block, (count, scale_of(0), self._zeros()))
+        scales = tuple(scale_of(2 * j) for j in range(AHEAD))
+        count, _, total = lax.fori_loop(0, lax.div(steps, 2), block, (count, scales, self._zeros()))
         return total, count
 
     def _zeros(self):
@@ -313,16 +317,16 @@ class _Kernel:
 
         def run(sums):
             def step(j, carry):
-                count, scale = carry
+                count, (scale, *ahead) = carry
                 slot, turn = lax.rem(count, self.stages), 2 * warpgroup + lax.rem(count, 2)
-                following = scale_of(j + 1)
+                ahead.append(scale_of(j + AHEAD))
                 plgpu.barrier_wait(self.full.at[slot])
                 self._open(slot, turn, lambda w: (w.astype(jnp.float32) * scale).astype(jnp.bfloat16))
                 plgpu.wgmma(sums, self._operands(slot)[0], self.weights.at[turn])
                 release_previous(self.empty, j, count)
-                return count + 1, following
+                return count + 1, tuple(ahead)
 
-            end, _ = lax.fori_loop(0, steps, step, (count, scale_of(0)))
+            end, _ = lax.fori_loop(0, steps, step, (count, tuple(map(scale_of, range(AHEAD)))))
             release_last(self.empty, steps, end)
             return sums[...], end
 
@@ -341,7 +345,7 @@ class _Kernel:
         plgpu.commit_smem()
 
     def _scale_of(self, first, group, column):
-        """The scale of a step of the loop, of w at this column; read a step before it is used."""
+        """The scale of a step of the loop, of w at this column; read AHEAD steps before it is used."""
         group, last = jnp.minimum(group, self.w.shape[0] - 1), self.w_scales.shape[1] - 1
         column, depth = lax.div(column, BLOCK), self.product.shape.depth
         return lambda j: self.w_scales[group, jnp.minimum(lax.div((first + j) * depth, BLOCK), last), column]
