@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,6 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta.gates import gates_of, padded
 from qwen35_jax.ops.gated_delta.gpu_chunks import CHUNK, SQUARES, WIDTH, bf16, chunk_kernel, f32, tiled
-from qwen35_jax.ops.gated_delta.gpu_chunks import PARTS as CHUNK_PARTS
 from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, gate_gradients, gradient_kernel
 from qwen35_jax.ops.gated_delta.gpu_states import HALF, PARTS, STAGES, forward_kernel, reverse_kernel
 from qwen35_jax.ops.gated_delta.kept import STATES, UPDATES
@@ -71,22 +69,21 @@ def _rule(q, k, v, g, beta, initial_state, normalize_qk):
 
 def _chunks(q, k, gates, normalize_qk):
     """squares [B, M, N, 3 C, C] bf16 and scalars [B, M, N, 4, C] fp32 of `gpu_chunks.chunk_kernel`."""
-    heads = gates.shape[:3]
-    blocks = -(-math.prod(heads) // CHUNK_PARTS)
+    batch, chunks, heads = shape = gates.shape[:3]
     return _launch(
-        functools.partial(chunk_kernel, normalize_qk, heads[2] // q.shape[2]),
+        functools.partial(chunk_kernel, normalize_qk, heads // q.shape[2]),
         "gated_delta_chunks",
         (q, k, gates),
-        [jax.ShapeDtypeStruct((*heads, SQUARES * CHUNK, CHUNK), bf16), jax.ShapeDtypeStruct((*heads, 4, CHUNK), f32)],
-        dict(grid=(blocks,), grid_names=("block",), num_threads=CHUNK_PARTS, thread_name="part"),
+        [jax.ShapeDtypeStruct((*shape, SQUARES * CHUNK, CHUNK), bf16), jax.ShapeDtypeStruct((*shape, 4, CHUNK), f32)],
+        dict(grid=(heads, chunks, batch), grid_names=("head", "chunk", "batch")),
         [
-            tiled(CHUNK_PARTS, CHUNK, WIDTH),
-            tiled(CHUNK_PARTS, CHUNK, WIDTH),
-            plgpu.SMEM((CHUNK_PARTS, *gates.shape[3:]), f32),
-            tiled(CHUNK_PARTS, SQUARES * CHUNK, CHUNK),
-            plgpu.SMEM((CHUNK_PARTS, CHUNK), f32),
-            plgpu.SMEM((CHUNK_PARTS, 4, CHUNK), f32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=CHUNK_PARTS),
+            tiled(CHUNK, WIDTH),
+            tiled(CHUNK, WIDTH),
+            plgpu.SMEM(gates.shape[3:], f32),
+            tiled(SQUARES * CHUNK, CHUNK),
+            plgpu.SMEM((CHUNK,), f32),
+            plgpu.SMEM((4, CHUNK), f32),
+            plgpu.Barrier(num_arrivals=3),
         ],
     )
 

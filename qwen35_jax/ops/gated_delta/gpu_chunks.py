@@ -4,8 +4,7 @@ In the units of `tpu_kernels.py`: r = 1 / |k|, w = beta r, s = Hk^-0.5 / |q|, D 
 
     L_ij = r_i D_ij k_i.k_j w_j for j < i;  P_ij = s_i D_ij q_i.k_j w_j for j <= i
 
-One warpgroup takes one chunk of one value head. Three make a block: so the assembler gives each no more registers than three of
-them leave, where without a limit it takes more than it needs.
+One warpgroup takes one chunk of one value head; three of them, in blocks of their own, fit into a multiprocessor.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # tokens of a chunk: the rows of a warpgroup's matrix instruction
 WIDTH = 128  # of a key and of a value head
-PARTS = 3  # warpgroups of a block
 INVERSE, INVERSE_REST, MIXING, SQUARES = range(4)  # those of a chunk and value head, one above the other
 READ, OUT, WRITE, ACROSS = range(4)  # its scalars: r a, s a, b w of each token, and c
 # Rows of the gates: running sums of log decay in two parts; beta; decay from the chunk's start, to its end, and over all of it
@@ -96,52 +94,50 @@ def decay_between(gates) -> jax.Array:
     return jnp.exp(jnp.where(index(0) >= index(1), coarse + rest, -jnp.inf))
 
 
-def invert(lower: jax.Array, high_smem, low_smem, inverse_smem, rest_smem, join_smem) -> None:
+def cut(x: jax.Array) -> jax.Array:
+    """x without the bits that bfloat16 has no room for. Not rounded, which takes several instructions a number."""
+    return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & jnp.int32(-(2**16)), f32)
+
+
+def two_parts(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """fp32 as the sum of two numbers of bfloat16, to 2^-17."""
+    high = cut(x)
+    return high.astype(bf16), (x - high).astype(bf16)
+
+
+def invert(lower: jax.Array, high_smem, low_smem, inverse_smem, rest_smem) -> None:
     """(I + L)^-1 in two parts of bfloat16, block by block as in `inverse.py`; operands in bfloat16, sums in float32.
 
-    Keys that repeat leave errors of 1e-2 in that, so it is refined once: X + (I - X (I + L)) X, with L in two parts of bfloat16,
-    which makes the residual exact to 2^-17.
+    X L X holds what joins two blocks of X beside what does not: that is masked, since what L has elsewhere meets only zeros.
+    Keys that repeat leave errors of 1e-2, so X is refined once: X + (I - X (I + L)) X, with L in two parts of bfloat16, which
+    makes the residual exact to 2^-17. rest_smem may be low_smem.
     """
-    high = lower.astype(bf16)
-    high_smem[...] = high
-    low_smem[...] = (lower - high.astype(f32)).astype(bf16)
+    high_smem[...], low_smem[...] = two_parts(lower)
     apart = jnp.bitwise_xor(index(0), index(1))  # its highest bit is the size of the largest blocks that part the two
     inverse = jnp.where(apart == 0, 1.0, jnp.where(apart == 1, -lower, 0.0))
     width = 2
     while width < CHUNK:
-        # From shared memory again: kept in registers it would not leave enough of them.
-        join = plgpu.load(high_smem, layout=plgpu.Layout.WGMMA)
-        join_smem[...] = jnp.where((apart >= width) & (apart < 2 * width), join, jnp.bfloat16(0))
         inverse_smem[...] = inverse.astype(bf16)
         plgpu.commit_smem()
-        half = product((inverse_smem, join_smem)).astype(bf16)
-        inverse -= product((half, inverse_smem))
+        half = product((inverse_smem, high_smem)).astype(bf16)
+        joined = (apart >= width) & (apart < 2 * width)
+        inverse = jnp.where(joined, -product((half, inverse_smem)), inverse)
         width *= 2
+    inverse = cut(inverse)
     rounded = inverse.astype(bf16)
     inverse_smem[...] = rounded
     plgpu.commit_smem()
-    inverse = rounded.astype(f32)
     residual = jnp.where(apart == 0, 1.0, 0.0) - inverse - product((rounded, high_smem), (rounded, low_smem))
     inverse += product((residual.astype(bf16), inverse_smem))
-    inverse_smem[...] = inverse.astype(bf16)
-    rest_smem[...] = (inverse - inverse.astype(bf16).astype(f32)).astype(bf16)
+    inverse_smem[...], rest_smem[...] = two_parts(inverse)
 
 
-def chunk_kernel(normalize: bool, group: int, q_ref, k_ref, gates_ref, squares_ref, scalars_ref, *scratch):
-    """q, k [B, T, K, Hk]; gates [B, M, N, 6, C] -> squares [B, M, N, 3 C, C] bf16 and scalars [B, M, N, 4, C] fp32."""
-    part = lax.axis_index("part")
-    item = lax.axis_index("block") * PARTS + part
-    batch, chunks, heads = gates_ref.shape[:3]
-    head = lax.div(item, heads * chunks), lax.rem(lax.div(item, heads), chunks), lax.rem(item, heads)
-    mine = (ref.at[part] for ref in scratch)
-    arguments = head, normalize, group, q_ref, k_ref, gates_ref, squares_ref, scalars_ref, *mine
-    pl.when(item < batch * chunks * heads)(lambda: _one_chunk(*arguments))
-
-
-def _one_chunk(head, normalize: bool, group: int, q_ref, k_ref, gates_ref, squares_ref, scalars_ref,
-               q_smem, k_smem, gates, squares_smem, lengths_smem, scalars_smem, loaded):  # fmt: skip
-    b, m, n = head
-    rows = b, pl.ds(m * CHUNK, CHUNK), lax.div(n, jnp.int32(group))
+def chunk_kernel(normalize: bool, group: int, q_ref, k_ref, gates_ref, squares_ref, scalars_ref,
+                 q_smem, k_smem, gates, squares_smem, lengths_smem, scalars_smem, loaded):  # fmt: skip
+    """Grid (value head, chunk, batch). q, k [B, T, K, Hk]; gates [B, M, N, 6, C] -> squares [B, M, N, 3 C, C] bf16 and scalars
+    [B, M, N, 4, C] fp32."""
+    n, m, b = (lax.axis_index(name) for name in ("head", "chunk", "batch"))
+    rows, head = (b, pl.ds(m * CHUNK, CHUNK), lax.div(n, jnp.int32(group))), (b, m, n)
     plgpu.copy_gmem_to_smem(q_ref.at[rows], q_smem, loaded)
     plgpu.copy_gmem_to_smem(k_ref.at[rows], k_smem, loaded)
     plgpu.copy_gmem_to_smem(gates_ref.at[head], gates, loaded)
@@ -150,12 +146,11 @@ def _one_chunk(head, normalize: bool, group: int, q_ref, k_ref, gates_ref, squar
     length, scale = inverse_length(k_smem, normalize), inverse_length(q_smem, normalize) * WIDTH**-0.5
     lengths_smem[...] = length
     _write_scalars(gates, length, scale, scalars_smem)
-    qk, kk = products([(q_smem, turned(k_smem))], [(k_smem, turned(k_smem))])
     between = decay_between(gates) * per_column(on_columns(gates.at[BETA]) * on_columns(lengths_smem))
-    mixing[...] = (qk * per_row(scale) * between).astype(bf16)
-    # q and k have been read: there is room in their place.
-    room = q_smem.at[:, :CHUNK], q_smem.at[:, CHUNK:], inverse, rest, k_smem.at[:, :CHUNK]
-    invert(strictly_lower(kk * per_row(length) * between), *room)
+    mixing[...] = (product((q_smem, turned(k_smem))) * per_row(scale) * between).astype(bf16)
+    # q has been read: there is room in its place.
+    lower = strictly_lower(product((k_smem, turned(k_smem))) * per_row(length) * between)
+    invert(lower, q_smem.at[:, :CHUNK], rest, inverse, rest)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(squares_smem, squares_ref.at[head])
     plgpu.copy_smem_to_gmem(scalars_smem, scalars_ref.at[head])

@@ -24,9 +24,9 @@ from qwen35_jax.ops.gated_delta.xla import step_inputs
 from qwen35_jax.ops.hopper import ring
 
 KEYS = 128  # the key's width: the rows of the state
-WIDTH = 32  # columns of the state that a warpgroup holds: 32 numbers a thread, 128 bytes of a row
-STAGES = 4  # strips in a block's shared memory: one being advanced, one on its way out, the others on their way in
-BLOCKS_PER_SM = 3  # as many as there is room for, 75 KiB each: one computes while another waits
+WIDTH = 64  # columns of the state that a warpgroup holds: 64 numbers a thread
+STAGES = 3  # strips in a block's shared memory: one being advanced, one on its way out, the others on their way in
+BLOCKS_PER_SM = 2  # as many as there is room for, 107 KiB each: one computes while another waits
 KEY, QUERY, SCALARS, VALUES = range(4)  # rows of what comes with a token and head; the last are as many as it takes
 DECAY, BETA, ALONG = range(3)  # its scalars: e^g, beta, q.k
 SUMS = 2 * 2**10  # bytes of shared memory in which the warps' sums over the rows meet

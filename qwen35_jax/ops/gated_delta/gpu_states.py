@@ -34,6 +34,7 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     product,
     products,
     turned,
+    two_parts,
 )
 
 STAGES = 2  # chunks in shared memory at once
@@ -52,8 +53,8 @@ def store_turned(ref, x: jax.Array) -> None:
 
 def solve(right: jax.Array, inverse, inverse_rest) -> jax.Array:
     """right (I + L)^-1 of [Hv / 2, C], fp32. Both are taken in two parts: where keys repeat, terms nearly cancel."""
-    high = right.astype(bf16)
-    return product((high, inverse), (high, inverse_rest), ((right - high.astype(f32)).astype(bf16), inverse))
+    high, low = two_parts(right)
+    return product((high, inverse), (high, inverse_rest), (low, inverse))
 
 
 class _Ring:

@@ -49,16 +49,16 @@ def flat_weight(w: Fp8Weight, groups: int, ins: int, op: str) -> tuple[jax.Array
     return values, scales.astype(jnp.float32)
 
 
-def block_product(x: tuple, w: tuple, group_sizes: jax.Array, out_dtype) -> jax.Array:
+def block_product(x: tuple, w: tuple, group_sizes: jax.Array, out_dtype, parts: int = 1) -> jax.Array:
     """Both in FP8: x values [R, K] and scales [R, K/128], w values [E, K, N] and scales [E, K/128, N/128] -> [R, N].
 
     The tensor cores multiply e4m3 only where both operands have the summed axis last. Where there are many rows w is turned;
-    where there are few, that would cost more than the product, and both go into it as bfloat16.
+    where there are few, that would cost more than the product, and both go into it as float16, in `parts` as in `rows_times`.
     """
     (values, scales), (weights, weight_scales) = x, w
     turned = values.shape[0] >= MANY_ROWS * weights.shape[0]
-    return rows_times(values, weights.swapaxes(1, 2) if turned else weights, group_sizes, transposed=turned,
-                      x_scales=scales, w_scales=weight_scales, out_dtype=out_dtype)  # fmt: skip
+    return rows_times(values, weights.swapaxes(1, 2) if turned else weights, group_sizes, transposed=turned, x_scales=scales,
+                      w_scales=weight_scales, out_dtype=out_dtype, parts=1 if turned else parts)  # fmt: skip
 
 
 def training_rows(x: tuple, w: tuple, side: int, group_sizes: jax.Array, out_dtype) -> jax.Array:

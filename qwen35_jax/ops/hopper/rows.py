@@ -21,13 +21,14 @@ from qwen35_jax.ops.hopper.ring import PRODUCER, buffers, each, persistent, rele
 from qwen35_jax.ops.hopper.store import staging, store_tile
 from qwen35_jax.ops.hopper.tiles import ALIGNED, Shape, row_tiles, tile_count
 
-AHEAD = 4  # steps: memory answers later than a block is multiplied
+# Scales of w that one copy brings, and multiples of which it can begin at: 128 bytes and 16.
+LINE, START = 32, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Product:
     """What a kernel multiplies. transposed: w is [E, N, K], not [E, K, N]. scaled: x has scales, and w; opened: w is e4m3
-    and becomes bfloat16 in shared memory."""
+    and becomes x's dtype in shared memory."""
 
     shape: Shape
     transposed: bool
@@ -45,14 +46,14 @@ class Product:
 
     @property
     def weights(self) -> tuple[int, int, int]:
-        """Of w in bfloat16: of each warpgroup's columns, two steps'."""
+        """Of w, opened: of each warpgroup's columns, two steps'."""
         return 4, self.shape.depth, self.shape.part[1]
 
     def stages(self, x_dtype, w_dtype, out_dtype) -> int:
         """The number of buffers that there is room for."""
         shape = self.shape
         x, w, out = (jnp.dtype(dtype).itemsize for dtype in (x_dtype, w_dtype, out_dtype))
-        stage = shape.depth * (shape.rows * x + shape.columns * w) + (4 * shape.rows if self.scaled else 0)
+        stage = shape.depth * (shape.rows * x + shape.columns * w) + 4 * ((shape.rows if self.scaled else 0) + LINE)
         return stages(stage, shape.rows * shape.columns * out + (2 * math.prod(self.weights) if self.opened else 0))
 
 
@@ -63,7 +64,7 @@ def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, o
     float32. K and N are multiples of 128. Four kinds:
     rows: x and w bfloat16. dequantized_rows: x bfloat16, w e4m3 with scales, each number of w rounded to bfloat16 once.
     fp8_rows: both e4m3 with scales and w transposed, sums of 128 terms in FP8, added in float32. upcast_rows: the same of
-    a w that is not transposed, in bfloat16, which holds every e4m3 number: half the speed, where that matters.
+    a w that is not transposed, in float16, which holds every e4m3 number: half the speed, where that matters.
     parts: the summed axis is cut into so many, whose float32 products are added at the end.
     """
     scaled, opened = x_scales is not None, w_scales is not None and not transposed
@@ -78,7 +79,7 @@ def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, o
     if x_scales is not None:
         scales.append(jnp.pad(x_scales.T, ((0, 0), (0, padded - rows))))
     if w_scales is not None:
-        scales.append(w_scales)
+        scales.append(jnp.pad(w_scales, ((0, 0), (0, 0), (0, LINE + -w_scales.shape[2] % START))))
     table = row_tiles(group_sizes, padded, shape.rows)
     columns = width // shape.columns
     tiles = tile_count(padded, group_sizes.shape[0], shape.rows) * columns * parts
@@ -108,12 +109,14 @@ def _kernel(product: Product, parts: int, *refs):
     scratch = {
         "x_ring": buffers(count, (shape.rows, shape.depth), x.dtype),
         "w_ring": buffers(count, product.block, w.dtype, 64 if product.opened else 128),
-        "full": plgpu.Barrier(num_arrivals=3 if product.scaled else 2, num_barriers=count),
+        "full": plgpu.Barrier(num_arrivals=2 + product.scaled + (w_scales is not None), num_barriers=count),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=count),
         "staged": staging(shape.part, out.dtype),
     }
     if product.scaled:
-        scratch["scale_ring"] = plgpu.SMEM((count, shape.rows), jnp.float32)
+        scratch["x_scale_ring"] = plgpu.SMEM((count, shape.rows), jnp.float32)
+    if w_scales is not None:
+        scratch["w_scale_ring"] = plgpu.SMEM((count, LINE), jnp.float32)
     if product.opened:
         scratch["weights"] = buffers(product.weights[0], product.weights[1:], x.dtype)
 
@@ -142,7 +145,8 @@ class _Kernel:
     full: jax.Ref
     empty: jax.Ref
     staged: jax.Ref
-    scale_ring: jax.Ref | None = None
+    x_scale_ring: jax.Ref | None = None
+    w_scale_ring: jax.Ref | None = None
     weights: jax.Ref | None = None
 
     @property
@@ -188,14 +192,16 @@ class _Kernel:
                 depth = pl.ds((first + j) * shape.depth, shape.depth)
                 columns = pl.ds(column * shape.columns, shape.columns)
                 block = (columns, depth) if self.product.transposed else (depth, columns)
+                k_block = lax.div((first + j) * shape.depth, BLOCK)
                 plgpu.copy_gmem_to_smem(self.x.at[rows, depth], self.x_ring.at[slot], self.full.at[slot])
                 plgpu.copy_gmem_to_smem(self.w.at[group, *block], self.w_ring.at[slot], self.full.at[slot])
-                if self.product.scaled:
-                    plgpu.copy_gmem_to_smem(
-                        self.x_scales.at[lax.div((first + j) * shape.depth, BLOCK), rows],
-                        self.scale_ring.at[slot],
-                        self.full.at[slot],
-                    )
+                if self.x_scales is not None:
+                    source = self.x_scales.at[k_block, rows]
+                    plgpu.copy_gmem_to_smem(source, self.x_scale_ring.at[slot], self.full.at[slot])
+                if self.w_scales is not None:
+                    begin = lax.div(column * (shape.columns // BLOCK), START) * START
+                    source = self.w_scales.at[group, k_block, pl.ds(begin, LINE)]
+                    plgpu.copy_gmem_to_smem(source, self.w_scale_ring.at[slot], self.full.at[slot])
                 return count + 1
 
             return lax.fori_loop(0, steps, step, count)
@@ -218,7 +224,9 @@ class _Kernel:
 
         def tile(part, row, column, count):
             group = groups[row]
-            total, count = accumulate(*self._steps(part, group), group, column * shape.columns + column_corner, count)
+            _, steps = self._steps(part, group)
+            place = lax.rem(column * (shape.columns // BLOCK), START) + lax.div(column_corner, BLOCK)
+            total, count = accumulate(steps, place, count)
             here = skips[row] - row_corner
             store_tile(total, self.staged, self.out.at[part], warpgroup, starts[row] + row_corner, here, here + sizes[row],
                        column * shape.columns + column_corner)  # fmt: skip
@@ -235,17 +243,15 @@ class _Kernel:
         w = self.w_ring.at[slot, columns].transpose((1, 0)) if self.product.transposed else self.w_ring.at[slot, :, columns]
         return self.x_ring.at[slot, rows], w
 
-    def _scaled(self, first, steps, group, column, count):
-        """FP8: each block of 128 is multiplied, scaled and added in float32."""
+    def _scaled(self, steps, place, count):
+        """FP8: each block of 128 is multiplied, scaled and added in float32. place: of w's scale among those of a buffer."""
         shape = self.product.shape
-        scale_of = self._scale_of(first, group, column)
 
         def step(j, carry):
-            count, (scale, *ahead), total = carry
+            count, total = carry
             slot = lax.rem(count, self.stages)
-            ahead.append(scale_of(j + AHEAD))
             plgpu.barrier_wait(self.full.at[slot])
-            scales = self._row_scales(slot)
+            scales = self._scales(slot, place)
 
             def dot(sums):
                 plgpu.wgmma(sums, *self._operands(slot))
@@ -253,19 +259,17 @@ class _Kernel:
 
             block = pl.run_scoped(dot, plgpu.ACC(shape.part))
             plgpu.barrier_arrive(self.empty.at[slot])
-            return count + 1, tuple(ahead), total + block * lax.broadcast_in_dim(scales * scale, shape.part, (0,))
+            return count + 1, total + block * lax.broadcast_in_dim(scales, shape.part, (0,))
 
-        count, _, total = lax.fori_loop(0, steps, step, (count, tuple(map(scale_of, range(AHEAD))), self._zeros()))
+        count, total = lax.fori_loop(0, steps, step, (count, self._zeros()))
         return total, count
 
-    def _upcast(self, first, steps, group, column, count):
-        """The same in bfloat16: each warpgroup writes its columns of w so. A block of 128 is two steps."""
+    def _upcast(self, steps, place, count):
+        """The same in float16: each warpgroup writes its columns of w so. A block of 128 is two steps."""
         shape, warpgroup = self.product.shape, lax.axis_index("warpgroup")
-        scale_of = self._scale_of(first, group, column)
 
         def block(j, carry):
-            count, (scale, *ahead), total = carry
-            ahead.append(scale_of(2 * (j + AHEAD)))
+            count, total = carry
 
             def dot(sums):
                 for half in range(2):
@@ -276,24 +280,24 @@ class _Kernel:
                 return sums[...]
 
             sums = pl.run_scoped(dot, plgpu.ACC(shape.part))
-            scales = self._row_scales(lax.rem(count, self.stages))
+            scales = self._scales(lax.rem(count, self.stages), place)
             for half in range(2):
                 plgpu.barrier_arrive(self.empty.at[lax.rem(count + half, self.stages)])
-            return count + 2, tuple(ahead), total + sums * lax.broadcast_in_dim(scales * scale, shape.part, (0,))
+            return count + 2, total + sums * lax.broadcast_in_dim(scales, shape.part, (0,))
 
-        scales = tuple(scale_of(2 * j) for j in range(AHEAD))
-        count, _, total = lax.fori_loop(0, lax.div(steps, 2), block, (count, scales, self._zeros()))
+        count, total = lax.fori_loop(0, lax.div(steps, 2), block, (count, self._zeros()))
         return total, count
 
     def _zeros(self):
         return plgpu.layout_cast(jnp.zeros(self.product.shape.part, jnp.float32), plgpu.Layout.WGMMA)
 
-    def _row_scales(self, slot):
-        """Those of this warpgroup's rows of x."""
+    def _scales(self, slot, place):
+        """Those of this warpgroup's rows of x, times that of its columns of w."""
         row, _ = self.product.shape.corner(lax.axis_index("warpgroup"))
-        return plgpu.load(self.scale_ring.at[slot, pl.ds(row, self.product.shape.part[0])], layout=plgpu.Layout.WGMMA.reduce(1))
+        rows = self.x_scale_ring.at[slot, pl.ds(row, self.product.shape.part[0])]
+        return plgpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1)) * self.w_scale_ring[slot, place]
 
-    def _plain(self, first, steps, group, column, count):
+    def _plain(self, steps, _, count):
         """bfloat16: the products add up in the accumulator."""
 
         def run(sums):
@@ -310,30 +314,28 @@ class _Kernel:
 
         return pl.run_scoped(run, plgpu.ACC(self.product.shape.part))
 
-    def _dequantized(self, first, steps, group, column, count):
+    def _dequantized(self, steps, place, count):
         """bfloat16 times FP8: each warpgroup writes its columns of w in bfloat16, then multiplies as `_plain` does."""
         shape, warpgroup = self.product.shape, lax.axis_index("warpgroup")
-        scale_of = self._scale_of(first, group, column)
 
         def run(sums):
-            def step(j, carry):
-                count, (scale, *ahead) = carry
+            def step(j, count):
                 slot, turn = lax.rem(count, self.stages), 2 * warpgroup + lax.rem(count, 2)
-                ahead.append(scale_of(j + AHEAD))
                 plgpu.barrier_wait(self.full.at[slot])
+                scale = self.w_scale_ring[slot, place]
                 self._open(slot, turn, lambda w: (w.astype(jnp.float32) * scale).astype(jnp.bfloat16))
                 plgpu.wgmma(sums, self._operands(slot)[0], self.weights.at[turn])
                 release_previous(self.empty, j, count)
-                return count + 1, tuple(ahead)
+                return count + 1
 
-            end, _ = lax.fori_loop(0, steps, step, (count, tuple(map(scale_of, range(AHEAD)))))
+            end = lax.fori_loop(0, steps, step, count)
             release_last(self.empty, steps, end)
             return sums[...], end
 
         return pl.run_scoped(run, plgpu.ACC(shape.part))
 
     def _open(self, slot, turn, convert):
-        """Writes this warpgroup's part of w in bfloat16; `convert` is given it in float16, which holds every e4m3 number.
+        """Writes this warpgroup's part of w in x's dtype; `convert` is given it in float16, which holds every e4m3 number.
 
         A store first waits for all of the warpgroup, so that no warp still multiplies what it overwrites.
         """
@@ -343,12 +345,6 @@ class _Kernel:
             w = plgpu.load(w, layout=plgpu.Layout.WGMMA_UPCAST_2X).astype(jnp.float16)
             self.weights[turn, :, column : column + 64] = convert(w)
         plgpu.commit_smem()
-
-    def _scale_of(self, first, group, column):
-        """The scale of a step of the loop, of w at this column; read AHEAD steps before it is used."""
-        group, last = jnp.minimum(group, self.w.shape[0] - 1), self.w_scales.shape[1] - 1
-        column, depth = lax.div(column, BLOCK), self.product.shape.depth
-        return lambda j: self.w_scales[group, jnp.minimum(lax.div((first + j) * depth, BLOCK), last), column]
 
 
 def _band(columns: int) -> int:

@@ -44,12 +44,11 @@ def _product(spec: str, out_dtype, x, quantised: tuple | None, w: Fp8Weight):
     ins = sum(a in x_axes for a in w_axes)
     values, scales = (a[None] for a in flat_weight(w, 0, ins, "linear"))
     rows = math.prod(x.shape[: x.ndim - ins])
-    sizes = jnp.full(1, rows, jnp.int32)
+    sizes, parts = jnp.full(1, rows, jnp.int32), _parts(rows, *values.shape[1:])
     if quantised is not None:
         quantised = tuple(a.reshape(rows, -1) for a in quantised)
-        y = block_product(quantised, (values, scales), sizes, out_dtype)
+        y = block_product(quantised, (values, scales), sizes, out_dtype, parts)
     elif rows <= FEW_ROWS:
-        parts = _parts(rows, *values.shape[1:])
         y = rows_times(x.reshape(rows, -1), values, sizes, transposed=False, w_scales=scales, out_dtype=out_dtype, parts=parts)
     else:
         return einsum(spec, x, dequantize(w, x.dtype), out_dtype)

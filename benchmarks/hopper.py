@@ -1,0 +1,130 @@
+"""Time of each Hopper kernel by itself, without what XLA does around it: parts of the gated delta rule, its decode step beside a
+copy, products in FP8; on an H100 or H200 with jax 0.11 or newer.
+
+python -m benchmarks.hopper
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from jax import lax
+
+from benchmarks.timing import medians
+from qwen35_jax.compat import HAS_MOSAIC_GPU
+from qwen35_jax.ops.fp8 import quantize_activation, quantize_weight
+from qwen35_jax.ops.gated_delta import gated_delta_step, gpu
+from qwen35_jax.ops.gated_delta.gates import gates_of
+from qwen35_jax.ops.gated_delta.gpu_states import forward_kernel, reverse_kernel
+from qwen35_jax.ops.hopper.rows import rows_times
+
+PARTS = flags.DEFINE_list("parts", ["rule", "decode", "fp8"], "which kernels")
+ROUNDS = flags.DEFINE_integer("rounds", 8, "samples of each, after two that are not counted", lower_bound=1)
+# (sequences, tokens, key heads, value heads); (slots, key heads, value heads); (rows, outs, ins, groups)
+RULES = [(4, 8192, 16, 64), (1, 32768, 16, 32), (1, 8192, 16, 32)]
+DECODES = [(64, 16, 16), (64, 16, 32), (64, 16, 64), (256, 16, 64)]
+PRODUCTS = [(4096, 7168, 16384, 1), (4096, 4096, 7168, 1), (4 * 8192, 4096, 7168, 4), (4 * 8192, 7168, 2048, 4)]
+STEPS = 16  # of decoding in one program
+HEAD = 128
+
+
+def normal(seed: int, *shape, dtype=jnp.bfloat16) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def inputs_of(batch: int, time: int, keys: int, heads: int):
+    """Random q, k, v, g, beta."""
+    q, k, v = (normal(i, batch, time, n, HEAD) for i, n in enumerate((keys, keys, heads)))
+    g = -jnp.exp(normal(3, batch, time, heads, dtype=jnp.float32) - 3)
+    return q, k, v, g, jax.random.uniform(jax.random.key(4), (batch, time, heads))
+
+
+def rule(shape) -> dict[str, float]:
+    """Gates and the kernels of both passes; `saving` is the forward one that keeps what the gradient needs."""
+    q, k, v, g, beta = inputs_of(*shape)
+    state = jnp.zeros((shape[0], shape[3], HEAD, HEAD), jnp.float32)
+    g, beta = (gpu._chunked(x) for x in gates_of(g, beta, None))
+    gates = jax.jit(gpu._gate_rows)(g, beta)
+    chunks = jax.jit(functools.partial(gpu._chunks, normalize_qk=True))
+    squares, scalars = chunks(q, k, gates)
+
+    def states(kernel, save):
+        return functools.partial(jax.jit(functools.partial(gpu._states, kernel, save=save)), q, k, v, squares, scalars, state)
+
+    functions = {
+        "gates": functools.partial(jax.jit(gpu._gate_rows), g, beta),
+        "chunks": functools.partial(chunks, q, k, gates),
+        "forward": states(forward_kernel, False),
+        "saving": states(forward_kernel, True),
+        "reverse": states(reverse_kernel, True),
+    }
+    *_, before, updates = functions["saving"]()
+    dv, _, d_states = functions["reverse"]()
+    gradients = jax.jit(functools.partial(gpu._gradients, normalize_qk=True))
+    functions["gradients"] = functools.partial(gradients, q, k, gates, scalars, updates, v, dv, before, d_states)
+    return medians(functions, ROUNDS.value)
+
+
+def decode(shape) -> dict[str, float]:
+    """The recurrence of one token in XLA's form and in the kernel, and a copy of the state."""
+    slots, keys, heads = shape
+    inputs = inputs_of(slots, 1, keys, heads)
+    steps = {
+        form: lambda state, form=form: gated_delta_step(*inputs, state, implementation=form)[1] for form in ("xla", "pallas_gpu")
+    }
+    steps["copy"] = lambda state: state * 1.0000001
+    states = {name: normal(5, slots, heads, HEAD, HEAD, dtype=jnp.float32) for name in steps}
+    programs = {
+        name: jax.jit(lambda state, step=step: lax.fori_loop(0, STEPS, lambda _, s: step(s), state), donate_argnums=0)
+        for name, step in steps.items()
+    }
+
+    def advance(name):
+        states[name] = programs[name](states[name])
+        return states[name]
+
+    times = medians({name: functools.partial(advance, name) for name in programs}, ROUNDS.value)
+    return {name: seconds / STEPS for name, seconds in times.items()}
+
+
+def fp8(shape) -> dict[str, float]:
+    """The product with a weight that lies as the tensor cores want it, and turning one that does not."""
+    rows, outs, ins, groups = shape
+    x = jax.jit(quantize_activation)(normal(0, rows, ins))
+    w = jax.jit(lambda w: quantize_weight(w, (1, 2)))(normal(1, groups, ins, outs))
+    turn = jax.jit(lambda values: values.swapaxes(1, 2))
+    sizes, scales = jnp.full(groups, rows // groups, jnp.int32), w.scales.astype(jnp.float32)
+
+    @jax.jit
+    def product(values, turned):
+        return rows_times(values, turned, sizes, transposed=True, x_scales=x.scales, w_scales=scales, out_dtype=jnp.bfloat16)
+
+    functions = {"product": functools.partial(product, x.values, turn(w.values)), "turning w": lambda: turn(w.values)}
+    return medians(functions, ROUNDS.value)
+
+
+def main(_) -> None:
+    device = jax.devices()[0]
+    if device.platform != "gpu" or not HAS_MOSAIC_GPU or device.compute_capability != "9.0":
+        raise app.UsageError(f"needs an H100 or H200 and jax 0.11 or newer; this is {device.device_kind}, jax {jax.__version__}")
+    kinds = {"rule": (rule, RULES), "decode": (decode, DECODES), "fp8": (fp8, PRODUCTS)}
+    print(f"{device.device_kind}, jax {jax.__version__}; microseconds")
+    for part in PARTS.value:
+        if part not in kinds:
+            raise app.UsageError(f"no part {part!r}; choose from {', '.join(kinds)}")
+        function, shapes = kinds[part]
+        for shape in shapes:
+            times = function(shape)
+            cells = [f"{name} {seconds * 1e6:.1f}" for name, seconds in times.items()]
+            if part == "fp8":
+                cells.append(f"{2 * shape[0] * shape[1] * shape[2] / times['product'] / 1e12:.0f} TFLOP/s")
+            if part == "decode":
+                cells.append(f"of copy {times['copy'] / times['pallas_gpu']:.2f}")
+            print(part, "x".join(map(str, shape)), ", ".join(cells), flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
