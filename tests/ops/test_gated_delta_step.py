@@ -115,17 +115,18 @@ def test_zero_keys_and_queries(kernel):
 @pytest.mark.parametrize("kernel", [pytest.param("pallas_gpu", marks=on_hopper)], indirect=True)
 @pytest.mark.parametrize(("time", "stages"), [(1, 4), (3, 4), (1, 2)])
 def test_blocks_of_many_strips(kernel, monkeypatch, time, stages):
-    """Three thread blocks for 32 strips, more than each holds at once, not the same number for each."""
-    monkeypatch.setattr(gpu_decode.ring, "SMS", 1)
+    """Three thread blocks for 16 strips, more than each holds at once, not the same number for each."""
+    monkeypatch.setattr(gpu_decode.ring, "SMS", 3)
+    monkeypatch.setattr(gpu_decode, "BLOCKS_PER_SM", 1)
     monkeypatch.setattr(gpu_decode, "STAGES", stages)
     check(kernel, make(time=time))
 
 
 @on_hopper
 def test_as_many_tokens_as_there_is_room_for():
-    assert gpu_decode._room(1, 4) == (3, 4) and gpu_decode._room(4, 4) == (3, 3) and gpu_decode._room(40, 4) == (1, 2)
-    with pytest.raises(UserError, match="no room for 50 tokens"):
-        gated_delta_step(*make(time=50, slots=2), implementation="pallas_gpu")
+    assert gpu_decode._room(1, 4) == (2, 3) and gpu_decode._room(4, 4) == (2, 2) and gpu_decode._room(39, 4) == (1, 2)
+    with pytest.raises(UserError, match="no room for 40 tokens"):
+        gated_delta_step(*make(time=40, slots=2), implementation="pallas_gpu")
 
 
 def test_no_races():
@@ -149,7 +150,7 @@ def test_no_races_on_hopper(monkeypatch):
     assert not interpreter.get_races().races_found
 
 
-WIDTHS = {"pallas_tpu": (64, "Hk, Hv in multiples of 128, not 128, 64"), "pallas_gpu": (48, "Hv in multiples of 32, not 128, 48")}
+WIDTHS = {"pallas_tpu": (64, "Hk, Hv in multiples of 128, not 128, 64"), "pallas_gpu": (48, "Hv in multiples of 64, not 128, 48")}
 
 
 def test_widths_that_it_cannot_run(kernel):

@@ -26,12 +26,12 @@ from qwen35_jax.ops.hopper import ring
 KEYS = 128  # the key's width: the rows of the state
 WIDTH = 64  # columns of the state that a warpgroup holds: 64 numbers a thread
 STAGES = 3  # strips in a block's shared memory: one being advanced, one on its way out, the others on their way in
-BLOCKS_PER_SM = 2  # as many as there is room for, 107 KiB each: one computes while another waits
+BLOCKS_PER_SM = 2  # as many as there is room for, 104 KiB each: one computes while another waits
 KEY, QUERY, SCALARS, VALUES = range(4)  # rows of what comes with a token and head; the last are as many as it takes
 DECAY, BETA, ALONG = range(3)  # its scalars: e^g, beta, q.k
 SUMS = 2 * 2**10  # bytes of shared memory in which the warps' sums over the rows meet
 # A thread holds four columns of every sixteenth row, eight threads a row: rows of 128 bytes are read whole, without bank
-# conflicts, and sums over the rows take 8 shuffles (in the layout of `wgmma`: 24).
+# conflicts, and sums over the rows of 32 columns take 8 shuffles (in the layout of `wgmma`: 24).
 LAYOUT = plgpu.Layout.TILED(plgpu.Tiling(((16, 32), (4, 32), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
