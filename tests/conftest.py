@@ -29,6 +29,8 @@ def pytest_configure(config):
     gpu = config.getoption("--gpu")
     jax.config.update("jax_platforms", "cuda,cpu" if gpu else "cpu")
     jax.config.update("jax_num_cpu_devices", 8)
+    if gpu and jax.default_backend() != "gpu":
+        raise pytest.UsageError("--gpu: JAX finds no GPU here")
     if not gpu and not config.getoption("--optimize"):
         _compile_fast()
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
