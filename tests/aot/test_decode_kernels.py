@@ -25,7 +25,6 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.attention import attention
 from qwen35_jax.ops.gated_delta import gated_delta_step
-from qwen35_jax.ops.gated_delta.gpu_decode import BLOCKS_PER_SM
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
 from tests.aot.bundles import DUMP, bundles_of
 from tests.aot.devices import TARGETS, target_devices
@@ -160,11 +159,11 @@ def test_step(target, preset, ceiling):
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 @pytest.mark.parametrize(("target", "preset"), HOPPER)
 def test_step_for_hopper(target, preset):
-    """Nothing spills, and a multiprocessor's 65,536 registers suffice for as many warpgroups as its shared memory."""
+    """Nothing spills. A thread holds 64 numbers of the state; shared memory has room for two blocks, which leave each thread 255."""
     result = compile_elsewhere("hopper step", target, preset)
     print(target, preset, result)
     assert result["in_place"] >= SLOTS * ModelConfig.preset(preset).linear_num_value_heads * 128 * 128 * 4
-    assert result["spilled"] == 0 and result["registers"] and max(result["registers"]) <= 65536 // (128 * BLOCKS_PER_SM)
+    assert result["spilled"] == 0 and result["registers"] and max(result["registers"]) <= 152
 
 
 @pytest.mark.parametrize(("target", "preset", "ceiling"), list(_cases({}, ATTENTION_SLOW)))
