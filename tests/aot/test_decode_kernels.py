@@ -159,7 +159,7 @@ def test_step(target, preset, ceiling):
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 @pytest.mark.parametrize(("target", "preset"), HOPPER)
 def test_step_for_hopper(target, preset):
-    """Nothing spills. A thread holds 64 numbers of the state; shared memory has room for two blocks, which leave each thread 255."""
+    """Nothing spills. A thread holds 64 numbers of the state; two blocks leave each thread room for 255."""
     result = compile_elsewhere("hopper step", target, preset)
     print(target, preset, result)
     assert result["in_place"] >= SLOTS * ModelConfig.preset(preset).linear_num_value_heads * 128 * 128 * 4
