@@ -14,9 +14,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax import lax
 
-from benchmarks.timing import medians
+from benchmarks.timing import step_medians
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
@@ -25,7 +24,6 @@ from qwen35_jax.sharding import make_mesh
 MODELS = flags.DEFINE_list("models", ["0.8b", "35b-a3b", "397b-a17b"], "presets whose heads are taken")
 SLOTS = flags.DEFINE_list("slots", ["1", "64", "256"], "sequences")
 ROUNDS = flags.DEFINE_integer("rounds", 20, "samples of each form, after two that are not counted", lower_bound=1)
-STEPS = 16  # of a program
 
 
 def make_inputs(config: ModelConfig, slots: int):
@@ -62,18 +60,7 @@ def measure(config: ModelConfig, slots: int, forms: list[str]) -> tuple[int, dic
     steps["copy"] = lambda state: {"recurrent": state["recurrent"] * 1.0000001}
     states = {name: jax.tree.map(jnp.copy, state) for name in steps}
     states["copy"] = {"recurrent": states["copy"]["recurrent"]}
-    # Several in one program, as layers and tokens follow each other: starting a program takes longer than a small step.
-    programs = {
-        name: jax.jit(lambda state, step=step: lax.fori_loop(0, STEPS, lambda _, s: step(s), state), donate_argnums=0)
-        for name, step in steps.items()
-    }
-
-    def advance(name):
-        states[name] = programs[name](states[name])
-        return states[name]
-
-    times = medians({name: functools.partial(advance, name) for name in programs}, ROUNDS.value)
-    return 2 * state["recurrent"].nbytes, {name: seconds / STEPS for name, seconds in times.items()}
+    return 2 * state["recurrent"].nbytes, step_medians(steps, states, ROUNDS.value)
 
 
 def main(_) -> None:

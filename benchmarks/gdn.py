@@ -143,6 +143,8 @@ def main(_) -> None:
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=[device])
     has_fla = "fla" in FORMS.value and device.platform == "gpu" and importlib.util.find_spec("fla") is not None
     print(f"{device.device_kind}, jax {jax.__version__}, {BATCH.value} x {TIME.value} tokens, {DTYPE.value}")
+    if "fla" in FORMS.value and device.platform == "gpu" and not has_fla:
+        print("flash-linear-attention is not installed: its column stays empty")
     columns = ("xla, ms", "kernel, ms", "ratio", "fla, ms", "floor, ms")
     print(f"{'model':>10} {'heads':>6} {'pass':>8}" + "".join(f"{name:>12}" for name in columns))
     for model in MODELS.value:

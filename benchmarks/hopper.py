@@ -11,9 +11,8 @@ import functools
 import jax
 import jax.numpy as jnp
 from absl import app, flags
-from jax import lax
 
-from benchmarks.timing import medians
+from benchmarks.timing import medians, step_medians
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.ops.fp8 import quantize_activation, quantize_weight
 from qwen35_jax.ops.gated_delta import gated_delta_step, gpu
@@ -27,7 +26,6 @@ ROUNDS = flags.DEFINE_integer("rounds", 8, "samples of each, after two that are 
 RULES = [(4, 8192, 16, 64), (1, 32768, 16, 32), (1, 8192, 16, 32)]
 DECODES = [(64, 16, 16), (64, 16, 32), (64, 16, 64), (256, 16, 64)]
 PRODUCTS = [(4096, 7168, 16384, 1), (4096, 4096, 7168, 1), (4 * 8192, 4096, 7168, 4), (4 * 8192, 7168, 2048, 4)]
-STEPS = 16  # of decoding in one program
 HEAD = 128
 
 
@@ -77,17 +75,7 @@ def decode(shape) -> dict[str, float]:
     }
     steps["copy"] = lambda state: state * 1.0000001
     states = {name: normal(5, slots, heads, HEAD, HEAD, dtype=jnp.float32) for name in steps}
-    programs = {
-        name: jax.jit(lambda state, step=step: lax.fori_loop(0, STEPS, lambda _, s: step(s), state), donate_argnums=0)
-        for name, step in steps.items()
-    }
-
-    def advance(name):
-        states[name] = programs[name](states[name])
-        return states[name]
-
-    times = medians({name: functools.partial(advance, name) for name in programs}, ROUNDS.value)
-    return {name: seconds / STEPS for name, seconds in times.items()}
+    return step_medians(steps, states, ROUNDS.value)
 
 
 def fp8(shape) -> dict[str, float]:

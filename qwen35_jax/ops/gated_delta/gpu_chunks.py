@@ -4,7 +4,7 @@ In the units of `tpu_kernels.py`: r = 1 / |k|, w = beta r, s = Hk^-0.5 / |q|, D 
 
     L_ij = r_i D_ij k_i.k_j w_j for j < i;  P_ij = s_i D_ij q_i.k_j w_j for j <= i
 
-One warpgroup takes one chunk of one value head; three of them, in blocks of their own, fit into a multiprocessor.
+One warpgroup, a block of its own, takes one chunk of one value head.
 """
 
 from __future__ import annotations
