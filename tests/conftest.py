@@ -6,8 +6,10 @@ from __future__ import annotations
 import gc
 import os
 import re
+import signal
 from pathlib import Path
 
+import hypothesis
 import jax
 import pytest
 
@@ -26,6 +28,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who runs out of time says what had failed until then
+    slow_machine = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.register_profile("slow machine", slow_machine)
+    hypothesis.settings.load_profile("slow machine")
     gpu = config.getoption("--gpu")
     jax.config.update("jax_platforms", "cuda,cpu" if gpu else "cpu")
     jax.config.update("jax_num_cpu_devices", 8)

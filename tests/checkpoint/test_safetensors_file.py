@@ -139,7 +139,7 @@ _like_entry = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=64) | _json | st.dictionaries(st.text(max_size=4), _like_entry | _json, max_size=3))
 def test_any_header_is_read_or_refused(value):
     raw = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -156,7 +156,7 @@ def test_any_header_is_read_or_refused(value):
     assert header.data_size == position
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(max_size=6), st.tuples(st.sampled_from(list(DTYPES.values())), st.lists(st.integers(0, 5)))))
 def test_own_headers_are_accepted(tensors):
     tensors = {name: (dtype, tuple(shape[:4])) for name, (dtype, shape) in tensors.items() if name != "__metadata__"}

@@ -57,7 +57,7 @@ def test_one_token():
     check(make(time=1))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40)), min_size=1, max_size=6), st.integers(0, 2**16))
 def test_any_segments_and_positions(runs, seed):
     """Documents of any length, padding anywhere, and queries at any positions in any order."""

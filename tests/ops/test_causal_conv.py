@@ -54,7 +54,7 @@ def test_whole_rows():
     check(make())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.integers(1, 9), max_size=5), min_size=2, max_size=2))
 def test_any_segments(rows):
     """Documents of any length, padding at the end, a row of padding alone."""

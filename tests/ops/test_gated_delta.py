@@ -116,7 +116,7 @@ def test_packed_documents_with_padding():
     check(make(), np.stack(rows).astype(np.int32))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 90)), min_size=1, max_size=8), st.integers(0, 2**16))
 def test_any_segments(runs, seed):
     """Documents in any number, of any length, with padding anywhere, equal the token-by-token recurrence."""

@@ -76,7 +76,7 @@ JOBS = st.builds(
 )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(JOBS, st.sampled_from(["v5e:2x4", "tpu7x:2x2x1", "h100:8", "h100:2x8"]))
 def test_the_order_of_meshes(job, text):
     """Each is a mesh of all devices; what fits comes first and by its time; all devices together hold all weights and state."""

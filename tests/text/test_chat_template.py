@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jinja2
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import ChatTemplate, built_in_template
@@ -62,7 +62,7 @@ def test_golden_chats_are_what_the_official_templates_say(flavour):
 
 @needs_official
 @pytest.mark.parametrize("flavour", [True, False])
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(messages=chats, kwargs=options)
 def test_any_chat_equals_the_official_template(flavour, messages, kwargs):
     ours, theirs = built_in(flavour), official(FLAVOURS[flavour])

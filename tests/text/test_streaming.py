@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qwen35_jax.errors import UserError
@@ -21,7 +21,7 @@ def decoded(ids, skip=True, tokenizer=TINY):
 
 
 @given(st.lists(st.one_of(st.integers(0, 4099), st.integers(0, 255), st.integers(4063, 4095)), max_size=40), st.booleans())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @example([0xE2, 4065, 0x80], True)
 def test_pieces_make_up_the_whole(ids, skip):
     """Any ids at all, single bytes that are no UTF-8 among them."""
@@ -30,7 +30,7 @@ def test_pieces_make_up_the_whole(ids, skip):
 
 
 @given(st.text())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 def test_real_text_never_flickers(text):
     ids = TINY.encode(text)
     pieces, rest = decoded(ids, skip=False)
@@ -108,7 +108,7 @@ letters = st.text(alphabet="ab\n", max_size=12)
 
 
 @given(st.lists(letters, max_size=8), st.lists(letters.filter(bool), max_size=4))
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500)
 @example(["abc", "abcx"], ["abcde", "bc"])
 @example(["aa", "ab"], ["aab", "ab"])
 @example(["a", "b", "a"], ["bb", "aba"])

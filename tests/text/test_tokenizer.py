@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen35_jax.errors import UserError
@@ -129,7 +129,7 @@ def test_pretokenisation(text, expected):
 
 
 @given(text=st.text())
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 def test_round_trip(tiny, text):
     ids = tiny.encode(text)
     normalised = tokenizers.normalizers.NFC().normalize_str(text)

@@ -207,7 +207,7 @@ def place(request, monkeypatch):
         monkeypatch.setattr(lines, "is_local", lambda path: False)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(content=st.lists(st.sampled_from([b"\n", b"\n", b" ", b"\r", b"\t", b"a", b"{}", b"\0", b"\xff"])).map(b"".join))
 def test_lines_are_those_of_a_plain_split(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "any.jsonl"

@@ -140,7 +140,7 @@ def test_merge_is_the_written_out_sum():
         np.testing.assert_allclose(merged[path], weight, atol=1e-5, err_msg=path)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(st.integers(1, 4), st.floats(0.1, 32.0), st.integers(0, 2**31))
 def test_each_matrix_gets_its_own_product(rank, alpha, seed):
     random = np.random.default_rng(seed)

@@ -49,7 +49,7 @@ def segments_of(batch):
             yield tokens[ids == segment], weights[ids == segment]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(example_lists(), st.integers(1, 4), st.integers(4, 48))
 def test_every_token_once_and_in_order(examples, rows, length):
     data = make_stream(examples, rows, length)
@@ -73,7 +73,7 @@ def test_every_token_once_and_in_order(examples, rows, length):
     assert data.truncated == sum(not e.splittable and len(e.tokens) > length for e in examples)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(example_lists(), st.integers(1, 3), st.integers(4, 24), st.integers(0, 8))
 def test_resuming_from_any_batch(examples, rows, length, stop):
     data = make_stream(examples, rows, length)

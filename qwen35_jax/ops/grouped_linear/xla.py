@@ -18,6 +18,7 @@ from qwen35_jax.ops.grouped_linear.fp8 import grouped_linear_fp8
 from qwen35_jax.ops.linear.xla import one_row, weight_array
 
 
+@jax.jit  # products of the same shapes, as gate's and up's in every layer, are traced and lowered once
 def grouped_linear_xla(x: jax.Array | Fp8Activation, w: jax.Array | Fp8Weight | Fp8Operand, group_sizes: jax.Array) -> jax.Array:
     """See `qwen35_jax.ops.grouped_linear.grouped_linear`."""
     shared, x = x, x.x if isinstance(x, Fp8Activation) else x
