@@ -28,7 +28,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # who runs out of time says what had failed until then
+    # Who runs out of time says what had failed until then; and what runs in the background has commands that can be interrupted.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
     slow_machine = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
     hypothesis.settings.register_profile("slow machine", slow_machine)
     hypothesis.settings.load_profile("slow machine")

@@ -28,8 +28,9 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "qwen35_jax.sample", *arguments]
 
 
-def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
-    return subprocess.run(command(*arguments), input=stdin, capture_output=True, text=True, timeout=400, cwd=ROOT)
+def run(*arguments: str, stdin: str = "", settings=FAST) -> subprocess.CompletedProcess:
+    options = {"capture_output": True, "text": True, "timeout": 400, "cwd": ROOT, "env": os.environ | settings}
+    return subprocess.run(command(*arguments), input=stdin, **options)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 def test_the_main_job_on_eight_devices():
-    done = run("--mesh", "8x1", "--stats")
+    done = run("--mesh", "8x1", "--stats", settings={})  # compiled as users do
     assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
     assert "random weights" not in done.stderr
     for line in ("load:", "compile:", "prefill:", "decode:", "ops:", "weights per device:", "state per device:"):
@@ -85,7 +86,7 @@ def test_chat_remembers_resets_and_ends():
 def test_control_c_ends_in_one_line():
     process = subprocess.Popen(
         command("--random_weights", "--max_new_tokens", "4000", "--temperature", "1", "--prompt", "x"),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | FAST,
     )  # fmt: skip
     process.stderr.readline()  # the note about random weights: loading is over
     time.sleep(1)
@@ -292,6 +293,7 @@ def test_streams_that_are_closed_or_no_utf8():
     program = " ".join(command("--random_weights", "--max_new_tokens", "1"))
 
     def shell(line: str, **options) -> subprocess.CompletedProcess:
+        options = {"env": os.environ | FAST} | options
         return subprocess.run(line, shell=True, capture_output=True, timeout=400, cwd=ROOT, **options)
 
     done = shell(f"{program} --chat <&-")
@@ -300,7 +302,7 @@ def test_streams_that_are_closed_or_no_utf8():
     assert (done.returncode, done.stderr) == (1, b"error: the output is closed: send it to a file, or to /dev/null\n")
     done = shell(f"{program} --help > /dev/full")
     assert (done.returncode, done.stderr) == (1, b"error: No space left on device\n")
-    done = shell(f"{program} --json --prompt \u00e9", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    done = shell(f"{program} --json --prompt \u00e9", env=os.environ | FAST | {"PYTHONIOENCODING": "ascii"})
     assert json.loads(done.stdout)["prompt"][-1]["content"] == "\u00e9"
     done = shell(f"{program} --chat", input=b"\xff\n/exit\n")
     assert done.returncode == 0 and b"error: the text holds U+DCFF" in done.stderr and b"Traceback" not in done.stderr

@@ -15,8 +15,14 @@ MESHES = ("1x1", "8x1", "4x2", "2x4", "1x8", "2x2x2")
 MESH_MODELS = ("mesh_dense", "mesh_moe", "mesh_dense_repeat", "mesh_moe_repeat")
 
 
-@pytest.mark.parametrize("name", MESH_MODELS)
-@pytest.mark.parametrize("mesh", MESHES)
+# Every mesh, and every model on one that cuts it as far as it goes.
+QUICK = {*((mesh, "mesh_moe") for mesh in MESHES), *(("1x8", name) for name in MESH_MODELS)}
+CASES = [(mesh, name) for name in MESH_MODELS for mesh in MESHES]
+
+
+@pytest.mark.parametrize(
+    ("mesh", "name"), [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_meshes(references, models, mesh, name):
     """One prompt and five, on meshes whose shards divide the heads (and experts) or repeat them."""
     reference = references(name)
