@@ -64,8 +64,14 @@ VERTEX = {"executor": "vertex", "slice": "h100:8", "image": "registry/image:1", 
 TRAIN = ["train", "--config", "configs/finetune.py", "--config.mesh=8x1", "--workdir", "gs://bucket/run"]
 
 
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """XManager opens its database once in a process."""
+    return tmp_path_factory.mktemp("home")
+
+
 @pytest.fixture
-def requests(monkeypatch, tmp_path):
+def requests(monkeypatch, home):
     """What reaches Vertex AI's client, in place of the service; with credentials of nobody."""
     sent = []
 
@@ -73,7 +79,7 @@ def requests(monkeypatch, tmp_path):
         sent.append((parent, custom_job if isinstance(custom_job, CustomJob) else CustomJob(custom_job)))
         return CustomJob(name="projects/1/locations/us-central1/customJobs/2")
 
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.setattr("google.auth.default", lambda *_, **__: (credentials.AnonymousCredentials(), "my-project"))
     monkeypatch.setattr(JobServiceClient, "create_custom_job", create)
     if not flags.FLAGS.is_parsed():
