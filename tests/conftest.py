@@ -42,7 +42,7 @@ def pytest_configure(config):
     if not gpu and not config.getoption("--optimize"):
         _compile_fast()
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
 
 
 def _compile_fast():

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 
 from qwen35_jax import ModelConfig, UserError
 from qwen35_jax.ops.forms import resolve_forms
-from qwen35_jax.ops.fp8 import Fp8Operand, quantize_weight
+from qwen35_jax.ops.fp8 import Fp8Operand
 from qwen35_jax.ops.moe import Routing, all_to_all, moe_apply, moe_form, moe_reference, products, route
 from qwen35_jax.ops.moe.exchange import exchange, padded_exchange, ragged_exchange
 from qwen35_jax.planner.hlo import collectives
 from qwen35_jax.sharding import Sharding, make_mesh
+from tests.ops.fp8_operands import quantize_weight
 
 B, T, D, E, F, K = 8, 6, 16, 8, 12, 3
 

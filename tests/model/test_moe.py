@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from qwen35_jax import UserError
-from qwen35_jax.ops.fp8 import dequantize, quantize_weight
+from qwen35_jax.ops.fp8 import dequantize
 from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply, moe_reference, products, route
 from qwen35_jax.sharding import Sharding, make_mesh
+from tests.ops.fp8_operands import quantize_weight
 
 B, T, D, E, F, K = 8, 6, 16, 8, 12, 3
 

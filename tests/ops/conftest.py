@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-_traced_in = []  # the form of the test before, "" where it had none
+from tests.ops.fp8_operands import TRACED_IN
 
 
 @pytest.fixture(params=["cpu", "default"])
@@ -16,13 +16,5 @@ def form(request, monkeypatch):
         return branches.get(request.param, default)(*args)
 
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def forms_apart(request):
-    """What was traced in one form would be used again in another for the same shapes."""
-    now = request.getfixturevalue("form") if "form" in request.fixturenames else ""
-    if _traced_in != [now]:
-        jax.clear_caches()
-        _traced_in[:] = [now]
+    with TRACED_IN(request.param):
+        yield request.param

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qwen35_jax.ops import fp8
 from qwen35_jax.ops.fp8 import Fp8Operand
 from qwen35_jax.ops.fp8.reference import products_reference
 
@@ -20,6 +21,11 @@ GROUP_SIZES = {
     "none": (0, 0, 0, 0),
     "one row each": (1, 1, 1, 1),
 }
+# Inside, what was traced in another form for the same shapes is not used again.
+TRACED_IN = jax.make_user_context("")
+# In one program each: a compilation of every operation takes longer than the tests do.
+quantize_weight = jax.jit(fp8.quantize_weight, static_argnums=(1, 2))
+quantize_activation = jax.jit(fp8.quantize_activation)
 
 
 def normal(shape, seed=0, dtype=jnp.float32):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Weight, quantize_activation, quantize_weight
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Weight
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.linear import linear
-from tests.ops.fp8_operands import GROUP_SIZES, distance, grouped_operands, normal
+from tests.ops.fp8_operands import GROUP_SIZES, distance, grouped_operands, normal, quantize_activation, quantize_weight
 from tests.ops.test_fp8 import adversarial
 
 SIZES = {"B": 2, "T": 3, "D": 256, "N": 4, "G": 2, "H": 128, "F": 384}

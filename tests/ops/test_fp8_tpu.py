@@ -13,18 +13,21 @@ from jax.experimental.pallas import tpu as pltpu
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.forms import resolve_forms
-from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, quantize_activation, quantize_weight, tpu
+from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, tpu
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.grouped_linear.tpu import visits
 from qwen35_jax.ops.linear import linear
 from tests.ops.fp8_operands import (
     GROUP_SIZES,
+    TRACED_IN,
     distance,
     expected_products,
     grouped_operands,
     normal,
     products,
+    quantize_activation,
+    quantize_weight,
     spec_operands,
 )
 from tests.ops.test_fp8 import adversarial
@@ -50,8 +53,8 @@ def kind(request, monkeypatch):
     monkeypatch.setattr(tpu, "COLUMNS", 128)
     monkeypatch.setattr(tpu, "TERMS", 256)
     monkeypatch.setattr(tpu, "MANY_ROWS", 1 if request.param == "many rows" else 10**9)
-    jax.clear_caches()
-    return request.param
+    with TRACED_IN(request.param):
+        yield request.param
 
 
 def operands(kind, x, w, blocked):

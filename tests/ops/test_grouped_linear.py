@@ -13,10 +13,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import quantize_weight
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear, grouped_linear_reference
 from qwen35_jax.ops.grouped_linear.blocks import for_blocks
+from tests.ops.fp8_operands import quantize_weight
 
 ROWS, GROUPS, IN, OUT = 150, 5, 192, (2, 40)
 SIZES = {

@@ -16,7 +16,7 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.forms import resolve_forms
-from qwen35_jax.ops.fp8 import Fp8Operand, Fp8Weight, dequantize, quantize_activation, quantize_weight
+from qwen35_jax.ops.fp8 import Fp8Operand, Fp8Weight, dequantize
 from qwen35_jax.ops.fp8.reference import dequantize_reference, round_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.hopper import operands, ring
@@ -24,7 +24,15 @@ from qwen35_jax.ops.hopper.gradients_fp8 import padded_blocks
 from qwen35_jax.ops.hopper.tiles import ALIGNED, row_tiles, tile_count
 from qwen35_jax.ops.linear import linear
 from tests.ops import mosaic_gpu
-from tests.ops.fp8_operands import distance, expected_products, normal, products, spec_operands
+from tests.ops.fp8_operands import (
+    distance,
+    expected_products,
+    normal,
+    products,
+    quantize_activation,
+    quantize_weight,
+    spec_operands,
+)
 
 pytestmark = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 

@@ -12,10 +12,10 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import quantize_weight
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.linear import linear, linear_reference
 from qwen35_jax.planner.hlo import collectives
+from tests.ops.fp8_operands import quantize_weight
 
 SIZES = {"B": 2, "T": 3, "D": 1024, "N": 8, "G": 2, "H": 128, "K": 2, "F": 1152, "V": 600}
 # Every form of the model: spec, the weight's blocked axes.
