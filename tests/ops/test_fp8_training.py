@@ -13,10 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import Fp8Operand
-from qwen35_jax.ops.fp8.blocks import quantize_blocks, requantize_blocks, round_blocks
+from qwen35_jax.ops.fp8 import Fp8Operand, blocks, training
 from qwen35_jax.ops.fp8.reference import products_reference, round_reference
-from qwen35_jax.ops.fp8.training import dequantize_blocks
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.linear import linear
 from qwen35_jax.planner.hlo import collectives
@@ -36,6 +34,11 @@ from tests.ops.fp8_operands import (
 )
 
 SPECS = ["BTD,DNGH->BTNGH", "BTNH,NHD->BTD", "BTF,FD->BTD"]
+round_blocks, quantize_blocks, requantize_blocks = (
+    jax.jit(function, static_argnames="blocked_axes")
+    for function in (blocks.round_blocks, blocks.quantize_blocks, blocks.requantize_blocks)
+)
+dequantize_blocks = jax.jit(training.dequantize_blocks)
 all_forms = pytest.mark.parametrize("form", ["cpu", "default", "tpu"], indirect=True)
 
 
@@ -47,7 +50,7 @@ def test_rounding_is_exact(axes):
     x = np.asarray(normal((150, 260))) * np.repeat([1e-30, 1e-3, 1.0, 3e37], 65)[None].astype(np.float32)
     x[:128, :128] = 0
     expected = round_reference(x, axes).astype(np.float32)
-    np.testing.assert_array_equal(jax.jit(round_blocks, static_argnums=1)(x, axes), expected)
+    np.testing.assert_array_equal(round_blocks(x, axes), expected)
     np.testing.assert_array_equal(dequantize_blocks(*quantize_blocks(jnp.asarray(x), axes)), expected)
 
 
@@ -251,7 +254,7 @@ def test_requantised_a_block_at_a_time(shape):
     x = rng.standard_normal(shape) * np.exp(3 * rng.standard_normal(shape))
     quantised = quantize_blocks(jnp.asarray(x, jnp.float32), (3,))
     for got, want in zip(
-        jax.jit(requantize_blocks, static_argnums=2)(*quantised, (1,)),
+        requantize_blocks(*quantised, (1,)),
         quantize_blocks(dequantize_blocks(*quantised), (1,)),
         strict=True,
     ):
