@@ -167,7 +167,8 @@ def wait_for(path, text: str, processes: list[subprocess.Popen]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(config, killed, tmp_path):
     """SIGKILL to one of two hosts, between two checkpoints: the other says so in one line. Both again end as one host does."""
     arguments = ["--config", config, "--config.steps=16", "--config.checkpoint.every=4"]

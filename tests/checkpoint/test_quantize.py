@@ -65,7 +65,7 @@ def test_it_is_as_published(tmp_path, monkeypatch, kind):
     assert (tmp_path / "fp8" / "chat_template.jinja").read_bytes() == (source / "chat_template.jinja").read_bytes()
 
 
-@pytest.mark.parametrize("moe", [False, True])
+@pytest.mark.parametrize("moe", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_our_loader_keeps_it_and_dequantises_it(tmp_path, moe):
     config = hf_config(moe=moe, hidden=128, ffn=128, head_dim=32, linear_head_dim=32)
     source = write(tmp_path / "bf16", config, canonical_tensors(config))

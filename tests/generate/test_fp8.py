@@ -44,7 +44,8 @@ def test_keeping_fp8_needs_an_fp8_checkpoint(tmp_path):
         qwen35_jax.load(str(path), keep_fp8=True)
 
 
-@pytest.mark.parametrize("mesh", ["2x2", pytest.param("1x8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2x2", "1x8"])
 def test_activations_in_fp8_on_meshes(directory, mesh):
     """What a mesh computes, heads and features cut, is what one device does; and it is FP8: more than rounding apart."""
     tokens = np.random.default_rng(0).integers(0, 96, (2, 40))

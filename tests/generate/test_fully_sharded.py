@@ -46,7 +46,7 @@ def test_says_the_same(tiny, tiny_on, mesh, stacked, moe):
     assert weight_bytes(lm.params) < 1.1 * weight_bytes(tiny.params) / 8
 
 
-@pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
+@pytest.mark.parametrize("moe", [pytest.param(False, marks=pytest.mark.slow), True], ids=["dense", "moe"])
 def test_an_fp8_checkpoint(moe, tmp_path):
     """Loaded in shards that cut through FP8 blocks, which the weights are only multiplied without."""
     config = synthetic.hf_config(moe=moe, hidden=128, head_dim=128, linear_head_dim=128, ffn=256, vision=False)

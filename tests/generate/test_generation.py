@@ -62,7 +62,7 @@ def test_a_stacked_tree_says_the_same_as_an_unrolled_one(tiny, tiny_on):
     assert stacked[0].token_ids == tiny.generate([ids], max_new_tokens=8, **GREEDY)[0].token_ids
 
 
-@pytest.mark.parametrize("mesh", ["8x1", "2x2x2", "1x8"])
+@pytest.mark.parametrize("mesh", ["2x2x2", *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ("8x1", "1x8"))])
 def test_meshes_say_the_same(tiny, tiny_on, mesh):
     prompts = [prompt(n, n) for n in (40, 3, 64, 17, 1)]
     options = {"max_new_tokens": 8, "seed": [1, 2, 3, 4, 5], "temperature": 1.0, "top_k": 20, "ignore_eos": True}

@@ -33,12 +33,22 @@ def example(routing: str, experts: int = E, width: int = F):
     return x, route(logits, K, alive)[0], weights
 
 
-@pytest.mark.parametrize("routing", ["even", "skewed", "dead"])
+MESHES = [
+    *((mesh, "gather") for mesh in ("1x1", "8x1", "1x8", "4x2", "2x2x2")),
+    *((mesh, "all_to_all") for mesh in ("8x1", "4x2", "2x4", "1x8", "2x2x2")),
+]
+EASIER = [("1x1", "gather"), ("4x2", "gather"), ("2x2x2", "all_to_all")]  # on other meshes these routings are slow tests
+
+
 @pytest.mark.parametrize(
-    ("mesh", "form"),
+    ("mesh", "form", "routing"),
     [
-        *((mesh, "gather") for mesh in ("1x1", "8x1", "1x8", "4x2", "2x2x2")),
-        *((mesh, "all_to_all") for mesh in ("8x1", "4x2", "2x4", "1x8", "2x2x2")),
+        *((*case, "skewed") for case in MESHES),
+        *(
+            pytest.param(*case, routing, marks=[pytest.mark.slow] * (case not in EASIER))
+            for case in MESHES
+            for routing in ("even", "dead")
+        ),
     ],
 )
 def test_equals_the_reference_with_gradients(mesh, form, routing):

@@ -86,10 +86,11 @@ MESHES = {  # the model, and the collectives that it may have
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "step"),
-    [("8x1", "decode"), ("8x1, experts", "decode"), *itertools.product(("1x8", "2x4, experts"), STEPS)],
-)
+QUICK = [("2x4, experts", "prefill"), *((name, "decode") for name in MESHES)]
+SLOW = [case for case in itertools.product(("1x8", "2x4, experts"), STEPS) if case not in QUICK]
+
+
+@pytest.mark.parametrize(("name", "step"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)])
 def test_collectives(name, step):
     """Tokens' activations and the sampler's candidates are exchanged, and no weight: each is larger than the activations."""
     (config, allowed), mesh = MESHES[name], name.partition(",")[0]

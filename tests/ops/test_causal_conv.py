@@ -135,7 +135,7 @@ def test_kernel(interpreted, name, time):
     check(wide(time), None if rows is None else documents(rows, time), kernel, scale=time**0.5)
 
 
-@pytest.mark.parametrize("time", [1, 3, 17, 129])
+@pytest.mark.parametrize("time", [1, 129, *(pytest.param(time, marks=pytest.mark.slow) for time in (3, 17))])
 def test_kernel_of_few_tokens(interpreted, time):
     check(wide(time), documents([[1, time - 1], [time]], time), kernel)
 

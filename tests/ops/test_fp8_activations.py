@@ -23,6 +23,12 @@ SPECS = {"BTD,DNGH->BTNGH": (0, 3), "BTNH,NHD->BTD": (1, 2), "BTD,DF->BTF": (0, 
 # Sums of up to 512 terms in float32, scales over ten powers of ten; and one rounding to bfloat16.
 BOUNDS = {"float32": 1e-6, "bfloat16": 4e-3}
 
+OPERANDS = [
+    pytest.param(sizes, make, id=f"{name}-{make.__name__}", marks=[pytest.mark.slow] * ((name, make) != ("ragged", adversarial)))
+    for name, sizes in (("whole", SIZES), ("ragged", SMALL))
+    for make in (normal, adversarial)
+]
+
 
 def exact_x(x: Fp8Activation) -> np.ndarray:
     values, scales = (np.asarray(a).astype(np.float64) for a in (x.values, x.scales))
@@ -39,8 +45,7 @@ def run(spec, x, w, **options):
     return jax.jit(lambda x, w: linear(x, w, spec, **options))(x, w)
 
 
-@pytest.mark.parametrize("make", [normal, adversarial])
-@pytest.mark.parametrize("sizes", [SIZES, SMALL], ids=["whole", "ragged"])
+@pytest.mark.parametrize(("sizes", "make"), OPERANDS)
 @pytest.mark.parametrize("spec", SPECS)
 def test_linear(form, spec, sizes, make):
     for dtype, bound in BOUNDS.items():

@@ -36,7 +36,7 @@ def interpreted():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gate", [None, *GATES, GATES], ids=str)
+@pytest.mark.parametrize("gate", [None, GATES, *(pytest.param(gate, marks=pytest.mark.slow) for gate in GATES)], ids=str)
 def test_gates(gate, dtype):
     check(make(gate=gate, dtype=dtype))
 
@@ -69,7 +69,7 @@ def test_several_head_blocks_and_wide_values():
     check(make(time=130, keys=3, heads=12, value_width=2 * H))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_without_normalisation(dtype):
     q, k, *rest = make(dtype=dtype)
     k = (k / np.linalg.norm(k.astype(np.float32), axis=-1, keepdims=True)).astype(k.dtype)
@@ -169,7 +169,7 @@ def cut_kernel(q, k, v, g, beta, *, initial_state, segment_ids=None, normalize_q
     return cut(op, 2, arguments | ({} if segment_ids is None else {"segment_ids": segment_ids}), ("initial_state",))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_below_sequences_that_are_cut(dtype):
     """Half of a sequence on each of two devices, whose maps are composed; a document begins in the second half."""
     ids = np.repeat([1, 2], [170, 30]).astype(np.int32)[None]

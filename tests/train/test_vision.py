@@ -91,7 +91,8 @@ def test_every_mesh_gives_one_curve(folder, expected, mesh):
     np.testing.assert_allclose(steps(run, expected[0])[0], expected[1], rtol=TOLERANCE)
 
 
-@pytest.mark.parametrize("mesh", ["2x1", pytest.param("4x2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["2x1", "4x2"])
 def test_pictures_in_sequences_that_are_cut(folder, expected, mesh):
     """The tower's rows lie over all data shards, of which each holds a part of every sequence."""
     run = make(folder, mesh=mesh, context_parallel=True)
@@ -155,6 +156,7 @@ def test_a_batch_without_pictures(folder, expected):
     assert np.isfinite(numbers).all() and numbers[0] == numbers[1]
 
 
+@pytest.mark.slow
 def test_muon_lora_and_bfloat16(folder, expected):
     """Muon takes the tower's linear layers, LoRA finds them and its loss falls; bfloat16 is near."""
     run = make(folder, optimizer__name="muon", dtype="bfloat16", loss__mtp=0.0)
