@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.fp8 import FP8_MAX, Fp8Weight, dequantize, quantize, scale_shape
+from qwen35_jax.ops.fp8 import FP8_MAX, Fp8Weight, dequantize, quantize, quantize_weight, scale_shape
 from qwen35_jax.ops.fp8.reference import dequantize_reference
-from tests.ops.fp8_operands import quantize_weight
 
 # Names of the model's weights: shape, blocked axes.
 WEIGHTS = {

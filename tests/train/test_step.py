@@ -55,7 +55,7 @@ def test_every_mesh_gives_one_curve(mesh):
     np.testing.assert_allclose(curve(mesh=mesh), expected(), rtol=TOLERANCE)
 
 
-@pytest.mark.slow  # of batches with pictures: test_vision.py
+@pytest.mark.slow  # test_vision.py has a quick one, of batches with pictures
 def test_accumulated_parts_are_the_whole_batch():
     """But for the load-balancing loss, which is of each part: off here."""
     whole, parts = (curve(4, accumulate=n, loss__balance=0.0, loss__mtp=0.0) for n in (1, 2))
