@@ -1,13 +1,19 @@
-"""The packaged model's third run: it learns to see, with a small tower of its own, and keeps its text.
+"""The packaged model's third run, in three parts: it learns to see, with a small tower of its own, and keeps its text.
 
     python -m scripts.tiny_tower --source runs/tiny_more_hf --out runs/tiny_tower_hf
-    python -m scripts.tiny_pictures --out runs/tiny_vision_data --size 240000
-    python -m qwen35_jax.train --config configs/tiny_vision.py --workdir runs/tiny_vision --export_hf runs/tiny_vision_hf
+    python -m scripts.tiny_pictures --out runs/tiny_places_data --first --size 30000 --text 0.2
+    python -m scripts.tiny_pictures --out runs/tiny_pictures_data --seed 3 --size 80000 --text 0.2
+    python -m scripts.tiny_pictures --out runs/tiny_vision_data --size 80000
+    python -m qwen35_jax.train --config configs/tiny_vision.py:places --workdir runs/tiny_places --export_hf runs/tiny_places_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:pictures --workdir runs/tiny_shown --export_hf runs/tiny_shown_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:mixture --workdir runs/tiny_vision --export_hf runs/tiny_vision_hf
     python -m benchmarks.tiny_skills --checkpoint runs/tiny_vision_hf
 
-It begins where configs/tiny.py and configs/tiny_more.py ended, in runs/tiny_more_hf, whose text model the first command gives a
-tower that tells answers apart. How large pictures are looked at is said beside the tokenizer, in qwen35_jax/assets/tiny.
-Hardware: two CPU cores, or a mesh of one or two data shards. Result: that of a shorter run is in docs/vision.md; not packaged.
+The first command gives the text model where configs/tiny_more.py ended, in runs/tiny_more_hf, a tower that tells answers apart;
+it stays as it is. `places`: what is hard to find in its rows, and next to only that; asked along with all the rest it is not
+learned. `pictures`: all kinds, and a little text. `mixture`: half of it text, with learning rates that fall all along. How large
+pictures are looked at is said beside the tokenizer, in qwen35_jax/assets/tiny.
+Hardware: two CPU cores, or a mesh of one or two data shards. Not run in one go yet; docs/lab_notes.md: what its parts did.
 """
 
 from ml_collections import ConfigDict
@@ -15,17 +21,45 @@ from ml_collections import ConfigDict
 from qwen35_jax.train.config import default_config
 
 
-def get_config() -> ConfigDict:
+def get_config(part: str = "mixture") -> ConfigDict:
     """See the top of the file."""
+    if part not in PARTS:
+        raise ValueError(f"configs/tiny_vision.py:{part}: the parts are {', '.join(PARTS)}")
     c = default_config()
-    c.model.source = "runs/tiny_tower_hf"
     c.dtype, c.remat = "float32", "none"
-    c.data.train, c.data.eval = ("runs/tiny_vision_data/train.jsonl",), ("runs/tiny_vision_data/eval.jsonl",)
-    c.data.sequence_length, c.data.batch_size = 768, 4
-    c.data.patches, c.data.patch_rows = 896, 2
-    c.steps = 6000
-    c.loss.balance = 0.005
-    c.optimizer.name, c.optimizer.learning_rate, c.optimizer.muon_learning_rate = "muon", 1e-3, 2.5e-3
-    c.optimizer.schedule, c.optimizer.decay_fraction, c.optimizer.final_fraction = "wsd", 0.6, 0.02
-    c.eval_every, c.checkpoint.every = 200, 100
+    c.data.sequence_length, c.data.batch_size, c.data.patches = 768, 4, 896
+    c.loss.balance, c.freeze = 0.005, ("^vision",)
+    c.optimizer.name, c.eval_every, c.checkpoint.every = "muon", 200, 100
+    PARTS[part](c)
     return c
+
+
+def _data(c: ConfigDict, directory: str) -> None:
+    c.data.train, c.data.eval = (f"{directory}/train.jsonl",), (f"{directory}/eval.jsonl",)
+
+
+def _places(c: ConfigDict) -> None:
+    c.model.source, c.steps = "runs/tiny_tower_hf", 320
+    _data(c, "runs/tiny_places_data")
+    c.data.patch_rows = 4  # questions are short: more pictures find room
+    c.optimizer.learning_rate, c.optimizer.muon_learning_rate = 6e-4, 1.5e-3
+    c.optimizer.schedule, c.optimizer.warmup_steps = "constant", 50
+
+
+def _pictures(c: ConfigDict) -> None:
+    c.model.source, c.steps = "runs/tiny_places_hf", 1200
+    _data(c, "runs/tiny_pictures_data")
+    c.data.patch_rows, c.loss.mtp = 4, 0.0
+    c.optimizer.learning_rate, c.optimizer.muon_learning_rate = 8e-4, 2e-3
+    c.optimizer.schedule, c.optimizer.warmup_steps = "constant", 50
+
+
+def _mixture(c: ConfigDict) -> None:
+    c.model.source, c.steps = "runs/tiny_shown_hf", 1500
+    _data(c, "runs/tiny_vision_data")
+    c.data.patch_rows = 2
+    c.optimizer.learning_rate, c.optimizer.muon_learning_rate = 6e-4, 1.5e-3
+    c.optimizer.schedule, c.optimizer.warmup_steps, c.optimizer.decay_fraction, c.optimizer.final_fraction = "wsd", 50, 0.95, 0.02
+
+
+PARTS = {"places": _places, "pictures": _pictures, "mixture": _mixture}

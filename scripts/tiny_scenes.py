@@ -249,14 +249,14 @@ def changing(rng: random.Random, held: bool) -> Scene:
 
 # Makers of scenes, each with its share of the pictures that are trained on: more of what is learned last.
 KINDS: dict[str, tuple[Callable[[random.Random, bool], Scene], float]] = {
-    "single": (single, 0.16),
-    "counted": (counted, 0.26),
+    "single": (single, 0.1),
+    "counted": (counted, 0.32),
     "digit": (digit, 0.14),
-    "placed": (placed, 0.12),
-    "paired": (paired, 0.08),
+    "placed": (placed, 0.05),
+    "paired": (paired, 0.14),
     "charted": (charted, 0.1),
-    "moving": (moving, 0.1),
-    "changing": (changing, 0.04),
+    "moving": (moving, 0.07),
+    "changing": (changing, 0.08),
 }
 
 

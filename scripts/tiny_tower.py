@@ -2,15 +2,16 @@
 
     python -m scripts.tiny_tower --source TEXT_MODEL --out DIR [--steps 5000] [--seed 0]
 
-DIR becomes a checkpoint of the source's text model, unchanged, with the tower, from which configs/tiny_vision.py goes on. Read by
-the text model from the start, a random tower learns colours and little else (docs/lab_notes.md). Here the mean of a picture's
-rows is read by one matrix, which is thrown away. The tower is described below, in `TOWER`; how large pictures are, in
-qwen35_jax/assets/tiny.
+DIR becomes a checkpoint of the source's text model, unchanged, with the tower, from which configs/tiny_vision.py goes on; a tower
+that the source has is trained on. Read by the text model from the start, a random tower learns colours and little else
+(docs/lab_notes.md). Here the mean of a picture's rows is read by one matrix, which is thrown away. The tower is described below,
+in `TOWER`; how large pictures are, in qwen35_jax/assets/tiny.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import random
 import time
 from pathlib import Path
@@ -32,7 +33,7 @@ from qwen35_jax.train.partition import logical_axes
 from qwen35_jax.train.run import find_origin, initial_state, make_run
 from qwen35_jax.train.vision import settings
 from qwen35_jax.vision_io import VisionSettings, image_visual, patch_places, video_visual
-from scripts import tiny_scenes
+from scripts import tiny_drawing, tiny_scenes
 
 TOWER = {
     "depth": 4,
@@ -46,12 +47,12 @@ TOWER = {
     "spatial_merge_size": 2,
     "num_position_embeddings": 64,
 }
-SIDE = 64  # of the pictures, which are of one size here
 BATCH, REPORT_EVERY = 64, 100
 # Those whose answer is in one picture, or two frames, whatever the question's words are.
 BARS = ("tallest bar", "shortest bar", "number of bars")
 SKILLS = ("colour", "shape", "digit", "count to five", "place", *BARS, "direction of motion")
 VOCABULARY_SCENES = 6000  # enough to meet every answer
+MOST_PATCHES = max(width * height for width, height in tiny_drawing.SIZES) // TOWER["patch_size"] ** 2
 
 
 def run_config(options: argparse.Namespace) -> ConfigDict:
@@ -59,8 +60,7 @@ def run_config(options: argparse.Namespace) -> ConfigDict:
     c = default_config()
     c.model.source, c.seed, c.steps, c.dtype = options.source, options.seed, options.steps, "float32"
     c.model.tokenizer = str(ASSETS / "tiny")
-    c.model.vision.update(TOWER)
-    c.data.patches = (SIDE // TOWER["patch_size"]) ** 2
+    c.data.patches = MOST_PATCHES
     o = c.optimizer
     o.name, o.learning_rate, o.muon_learning_rate, o.schedule, o.final_fraction = "muon", 2e-3, 5e-3, "cosine", 0.02
     o.warmup_steps = min(o.warmup_steps, options.steps)
@@ -68,11 +68,21 @@ def run_config(options: argparse.Namespace) -> ConfigDict:
 
 
 def scenes(rng: random.Random):
-    """Scenes of the training side of one size, about which something of SKILLS is asked, without end."""
+    """Scenes of the training side about which something of SKILLS is asked, without end."""
     while True:
         scene = tiny_scenes.scene(rng, False)
-        if scene.frames[0].size == (SIDE, SIDE) and any(asked.skill in SKILLS for asked in scene.asked):
+        if any(asked.skill in SKILLS for asked in scene.asked):
             yield scene
+
+
+def alike(rng: random.Random):
+    """BATCH scenes of one size, without end: those of each size together as soon as there are so many."""
+    waiting = collections.defaultdict(list)
+    for scene in scenes(rng):
+        size = scene.frames[0].size
+        waiting[size].append(scene)
+        if len(waiting[size]) == BATCH:
+            yield waiting.pop(size)
 
 
 def answers(seed: int) -> dict[str, list[str]]:
@@ -87,16 +97,17 @@ def answers(seed: int) -> dict[str, list[str]]:
 
 
 def batches(seed: int, known: dict[str, list[str]], looked_at: VisionSettings):
-    """(patches uint8 [BATCH, P, width], the number of each skill's answer or -1, int32 [BATCH, skills]), without end."""
-    source, number = scenes(random.Random(f"tower {seed}")), {s: {a: i for i, a in enumerate(known[s])} for s in SKILLS}
-    while True:
-        shown = [next(source) for _ in range(BATCH)]
+    """(patches uint8 [BATCH, P, width], their places int32 [P, 4], numbers of the answers or -1 int32 [BATCH, skills])."""
+    number = {s: {a: i for i, a in enumerate(known[s])} for s in SKILLS}
+    for shown in alike(random.Random(f"tower {seed}")):
         targets = np.full((BATCH, len(SKILLS)), -1, np.int32)
         for row, scene in zip(targets, shown, strict=True):
             for asked in scene.asked:
                 if asked.skill in number:
                     row[SKILLS.index(asked.skill)] = number[asked.skill].get(asked.answer, -1)
-        yield np.stack([_patches(scene, looked_at) for scene in shown]), targets
+        width, height = (side // TOWER["patch_size"] for side in shown[0].frames[0].size)
+        places = patch_places(height, width, TOWER["spatial_merge_size"])
+        yield np.stack([_patches(scene, looked_at) for scene in shown]), places, targets
 
 
 def _patches(scene: tiny_scenes.Scene, looked_at: VisionSettings) -> np.ndarray:
@@ -108,12 +119,10 @@ def _patches(scene: tiny_scenes.Scene, looked_at: VisionSettings) -> np.ndarray:
 
 
 def make_loss(tower: VisionModel, known: dict[str, list[str]]):
-    """(parameters, patches, targets) -> (mean cross entropy, right answers int32 [BATCH, skills])."""
-    side = SIDE // TOWER["patch_size"]
-    places = jnp.asarray(patch_places(side, side, TOWER["spatial_merge_size"]))
+    """(parameters, patches, places, targets) -> (mean cross entropy, right answers int32 [BATCH, skills])."""
     ends = np.cumsum([len(known[skill]) for skill in SKILLS])
 
-    def loss(params: dict, patches: jax.Array, targets: jax.Array):
+    def loss(params: dict, patches: jax.Array, places: jax.Array, targets: jax.Array):
         at = jnp.broadcast_to(places, (len(patches), *places.shape))
         rows = tower(params["vision"], patches, at, jnp.ones(at.shape[:2], jnp.int32))
         read = rms_norm(rows.mean(axis=1), jnp.zeros(rows.shape[-1])) @ params["head"] + params["bias"]
@@ -133,6 +142,11 @@ def train(options: argparse.Namespace) -> None:
         raise UserError(f"--steps must be at least 1, and --seed from 0 to {MAX_SEED}")
     check_export_target(options.out)
     config = run_config(options)
+    had = find_origin(config).config.vision
+    if had is None:
+        config.model.vision.update(TOWER)
+    elif any(getattr(had, name) != value for name, value in TOWER.items()):
+        raise UserError(f"{options.source} has another tower than the one that is trained here")
     origin = find_origin(config)
     run = make_run(config, origin)
     state, known = initial_state(run), answers(options.seed)
@@ -143,16 +157,16 @@ def train(options: argparse.Namespace) -> None:
     gradient = jax.value_and_grad(make_loss(run.tower, known), has_aux=True)
 
     @jax.jit
-    def step(params, moments, patches, targets):
-        (loss, right), grads = gradient(params, patches, targets)
+    def step(params, moments, patches, places, targets):
+        (loss, right), grads = gradient(params, patches, places, targets)
         updates, moments = optimizer.update(grads, moments, params)
         return optax.apply_updates(params, updates), moments, loss, right
 
     moments, begin, seen = optimizer.init(params), time.perf_counter(), []
     data = batches(options.seed, known, settings(config.data, origin.tokenizer_dir, run.model.config.vision))
     for i in range(1, config.steps + 1):
-        patches, targets = next(data)
-        params, moments, loss, right = step(params, moments, patches, targets)
+        patches, places, targets = next(data)
+        params, moments, loss, right = step(params, moments, patches, places, targets)
         seen.append((loss, right, targets >= 0))
         if i % REPORT_EVERY == 0 or i == config.steps:
             report(i, config.steps, seen, time.perf_counter() - begin)

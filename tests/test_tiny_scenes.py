@@ -150,26 +150,34 @@ def test_motion_and_order():
 
 
 def test_lines_are_the_same_every_time_and_hold_their_pictures():
-    first, again = (list(itertools.islice(tiny_pictures.documents(2, 0.4), 60)) for _ in range(2))
-    assert first == again
-    shown = [line for line in first if "data:image/png;base64," in json.dumps(line)]
+    lines, again = (list(itertools.islice(tiny_pictures.documents(2, 0.4), 60)) for _ in range(2))
+    assert lines == again
+    shown = [line for line in lines if "data:image/png;base64," in json.dumps(line)]
     assert 20 < len(shown) < 50
-    for line in shown:
+    early = list(itertools.islice(tiny_pictures.documents(2, 0.0, first=True), 60))
+    said = {m["content"].split()[0] for line in early for m in line["messages"] if m["role"] == "assistant"}
+    assert said == {"The", "There", "It", "A", "An"}  # places and bars, counts, motion ("It moves"), pairs
+    for line in shown + early:
         assert [m["role"] for m in line["messages"]] == ["user", "assistant"] * (len(line["messages"]) // 2)
 
 
 def test_what_the_vision_tower_is_trained_on():
-    """Pictures of one size and the first two frames of clips, with the number of the answer to each of the skills, or -1."""
-    known = tiny_tower.answers(0)
-    shown, draw = tiny_tower.scenes(random.Random("tower 0")), tiny_tower.batches(0, known, VisionSettings(patch_size=8))
-    patches, targets = next(draw)
-    assert patches.shape == (tiny_tower.BATCH, 64, 3 * 2 * 8 * 8) and targets.shape == (tiny_tower.BATCH, len(known))
-    for mine, target, scene in zip(patches, targets, shown, strict=False):
-        frames = [np.asarray(frame) for frame in scene.frames[:2]]
-        first = mine.reshape(64, 3, 2, 8, 8)[0, :, :, 0, 0]  # the pixel in the corner, in both frames
-        assert (first == np.stack([frames[0][0, 0], frames[-1][0, 0]], axis=1)).all()
-        told = {skill: known[skill][i] for skill, i in zip(known, target, strict=True) if i >= 0}
-        assert told and told == {a.skill: a.answer for a in scene.asked if a.skill in known}
+    """Pictures, and the first two frames of clips, of one size in a batch, and the number of the answer to each skill, or -1."""
+    known, sizes = tiny_tower.answers(0), set()
+    shown, draw = tiny_tower.alike(random.Random("tower 0")), tiny_tower.batches(0, known, VisionSettings(patch_size=8))
+    for scenes, (patches, places, targets) in itertools.islice(zip(shown, draw, strict=False), 20):
+        width, height = scenes[0].frames[0].size
+        count = width * height // 64
+        sizes.add((width, height))
+        assert patches.shape == (tiny_tower.BATCH, count, 3 * 2 * 8 * 8) and targets.shape == (tiny_tower.BATCH, len(known))
+        assert places.shape == (count, 4) and (places[:, 2:] == [height // 8, width // 8]).all()
+        for mine, target, scene in zip(patches, targets, scenes, strict=True):
+            frames = [np.asarray(frame) for frame in scene.frames[:2]]
+            first = mine.reshape(count, 3, 2, 8, 8)[0, :, :, 0, 0]  # the pixel in the corner, in both frames
+            assert (first == np.stack([frames[0][0, 0], frames[-1][0, 0]], axis=1)).all()
+            told = {skill: known[skill][i] for skill, i in zip(known, target, strict=True) if i >= 0}
+            assert told and told == {a.skill: a.answer for a in scene.asked if a.skill in known}
+    assert sizes == set(tiny_drawing.SIZES)
 
 
 def test_the_benchmark_asks_for_held_out_scenes():
