@@ -4,7 +4,7 @@
 
 DIR/train.jsonl has the training side of every scene (`tiny_scenes`) and text of `tiny_data`'s third mixture, DIR/eval.jsonl 500
 lines of the held-out side. A picture is a data: URL in its line, a clip a list of such. With --first it is what is learned first:
-what is hard to find in a tower's rows, and is not found in 3,000 steps where all else is asked as well (docs/lab_notes.md).
+what is hard to find in a tower's rows, and was not found in 3,600 steps where all else was asked as well (docs/lab_notes.md).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def documents(seed: int, text: float, held: bool = False, first: bool = False) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory for train.jsonl and eval.jsonl")
-    parser.add_argument("--first", action="store_true", help="what is learned first, alone")
+    parser.add_argument("--first", action="store_true", help="only what is learned first, beside the text")
     parser.add_argument("--seed", type=int, default=2, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument("--size", type=int, default=120_000, help="documents to train on (default: %(default)s)")
     parser.add_argument("--text", type=float, default=0.45, help="share of them without pictures (default: %(default)s)")

@@ -185,7 +185,7 @@ def report(step: int, steps: int, seen: list, seconds: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="directory of the checkpoint to write")
-    parser.add_argument("--source", required=True, help="checkpoint of the text model: a directory, or a preset")
+    parser.add_argument("--source", required=True, help="checkpoint to give a tower, or with this one: a directory, or tiny")
     parser.add_argument("--steps", type=int, default=5000, help="of 64 pictures (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default: %(default)s)")
     try:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import itertools
 import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 
 from benchmarks import tiny_skills
+from qwen35_jax.config import ASSETS
+from qwen35_jax.errors import UserError
 from qwen35_jax.vision_io import VisionSettings
 from scripts import tiny_drawing, tiny_pictures, tiny_scenes, tiny_tower
 from scripts.tiny_cases import held_out
@@ -155,8 +159,10 @@ def test_lines_are_the_same_every_time_and_hold_their_pictures():
     shown = [line for line in lines if "data:image/png;base64," in json.dumps(line)]
     assert 20 < len(shown) < 50
     early = list(itertools.islice(tiny_pictures.documents(2, 0.0, first=True), 60))
-    said = {m["content"].split()[0] for line in early for m in line["messages"] if m["role"] == "assistant"}
-    assert said == {"The", "There", "It", "A", "An"}  # places and bars, counts, motion ("It moves"), pairs
+    said = {" ".join(m["content"].split()[:2]) for line in early for m in line["messages"] if m["role"] == "assistant"}
+    known = {"The", "There is", "There are", "It moves", "A", "An"}  # places and bars, counts, motion, pairs
+    assert {words if words in known else words.split()[0] for words in said} == known
+    assert not any("bars" in m["content"] for line in early for m in line["messages"] if m["role"] == "assistant")
     for line in shown + early:
         assert [m["role"] for m in line["messages"]] == ["user", "assistant"] * (len(line["messages"]) // 2)
 
@@ -178,6 +184,17 @@ def test_what_the_vision_tower_is_trained_on():
             told = {skill: known[skill][i] for skill, i in zip(known, target, strict=True) if i >= 0}
             assert told and told == {a.skill: a.answer for a in scene.asked if a.skill in known}
     assert sizes == set(tiny_drawing.SIZES)
+
+
+def test_another_tower_is_not_trained_on(tmp_path):
+    shutil.copytree(ASSETS / "tiny", tmp_path / "source")
+    config = json.loads((ASSETS / "tiny" / "config.json").read_text())
+    config["vision_config"] = tiny_tower.TOWER | {"depth": 2}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    options = argparse.Namespace(source=str(tmp_path / "source"), out=tmp_path / "out", steps=1, seed=0)
+    with pytest.raises(UserError, match="has another tower than the one that is trained here"):
+        tiny_tower.train(options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_benchmark_asks_for_held_out_scenes():
