@@ -1,7 +1,7 @@
 """Further training of a checkpoint on your own chats, all weights or (lora.rank above 0) with LoRA.
 
-    python -m qwen35_jax.train --config configs/finetune.py --workdir runs/mine \
-        --config.model.source=Qwen/Qwen3.5-0.8B --config.data.train="('mine.jsonl',)" --config.mesh=4x1 --export_hf runs/mine_hf
+    python -m qwen35_jax.train --config configs/finetune.py --workdir runs/tuned \
+        --config.model.source=Qwen/Qwen3.5-0.8B --config.data.train="('mine.jsonl',)" --config.mesh=4x1 --export_hf runs/tuned_hf
 
 Hardware: whatever holds 16 bytes a parameter over all devices (float32 weights, gradient and two moments), with LoRA 2.
 It has been run on virtual CPU devices alone, so there is no time to expect.

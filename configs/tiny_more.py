@@ -2,7 +2,7 @@
 
     python -m scripts.tiny_data --out runs/tiny_more_data --mixture second --seed 1 --size 40000
     python -m qwen35_jax.train --config configs/tiny_more.py --workdir runs/tiny_more --export_hf runs/tiny_more_hf
-    python -m benchmarks.tiny_skills --checkpoint runs/tiny_more_hf
+    python -m benchmarks.tiny_skills --checkpoint runs/tiny_more_hf --cases 128
 
 It begins where configs/tiny.py ended, in runs/tiny_hf, with a new optimizer and half its learning rates, which fall all along.
 Hardware: two CPU cores, or any mesh. On two cores of an AMD EPYC that did other work too, 52 minutes. The last evaluation loss is

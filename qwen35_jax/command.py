@@ -53,6 +53,11 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
         _fail(f"{error.strerror or error}: {error.filename}" if error.filename is not None else error.strerror or str(error))
     except KeyboardInterrupt:
         _end()
+    except RuntimeError as error:  # as JAX has it, which is not imported for this
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).partition("RESOURCE_EXHAUSTED:")[2].strip().split("\n")[0][:200]
+        _fail(f"out of memory on a device ({reason}): take less at a time or more devices; qwen35_jax.plan says what fits")
 
 
 def _parsed() -> list[str]:

@@ -63,6 +63,7 @@ class Checkpoints:
         keep_best: int = 0,
         best_metric: str = "eval/loss",
         run: dict[str, Any] | None = None,
+        clear: bool = True,
     ):
         """Opens or makes the directory and clears what unfinished saves left in it.
 
@@ -73,6 +74,7 @@ class Checkpoints:
             keep_best: how many stay, however old, because their `best_metric` is smallest.
             best_metric: a name in the metrics given to `save`.
             run: JSON-able facts stored with every checkpoint, such as the configuration's text and the seed.
+            clear: False to read only: unfinished saves, perhaps of a process that goes on, stay.
 
         Raises UserError for impossible numbers and for a directory that cannot be written.
         """
@@ -81,7 +83,7 @@ class Checkpoints:
                 raise UserError(f"checkpoint.{name} is {value}; it must be {least} or more")
         # Orbax takes absolute paths only.
         self.directory = epath.Path(os.path.abspath(workdir) if is_local(workdir) else workdir) / DIRECTORY
-        self._run = run or {}
+        self._run, self._clear = run or {}, clear
         policies = ocp.training.save_decision_policies
         self._when = policies.AnySavePolicy([policies.FixedIntervalPolicy(every), policies.PreemptionCheckpointingPolicy()])
         self._keep = _Keep(keep_last, keep_best, best_metric)
@@ -100,7 +102,7 @@ class Checkpoints:
                 context=context,
                 save_decision_policy=self._when,
                 preservation_policy=self._keep,
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=self._clear,
             )
         except OSError as e:
             raise UserError(f"cannot use {self.directory} for checkpoints: {e.strerror or e}") from None

@@ -17,7 +17,7 @@ def default_config() -> ConfigDict:
     c = ConfigDict()
     c.mesh = "1x1"  # DATAxMODEL or REPLICAxDATAxMODEL
     c.context_parallel = False  # cut each sequence over `data`, for long ones; batches are cut over `replica` alone then
-    c.steps = 1000  # optimizer steps
+    c.steps = 1000  # optimizer steps, also those of the learning rate's schedule where data.epochs ends the run before them
     c.seed = 0  # of random weights and of LoRA
     c.dtype = "bfloat16"  # of the computation; trained parameters are float32
     c.kernels = "auto"  # auto | xla | pallas (TPU and Hopper only): forms of the ops
@@ -53,7 +53,8 @@ def default_config() -> ConfigDict:
     c.data.max_frames = 0  # of a video
 
     c.loss = ConfigDict()
-    c.loss.balance = -1.0  # coefficient of the experts' load balancing; below 0: router_aux_loss_coef of the model
+    # Coefficient of the experts' load balancing, of all tokens of a part of a batch; below 0: router_aux_loss_coef of the model
+    c.loss.balance = -1.0
     c.loss.mtp = 0.1  # weight of the multi-token-prediction loss, for models that have the layer
     c.loss.z = 0.0  # coefficient of the squared log of the softmax's sum
 
@@ -80,8 +81,9 @@ def default_config() -> ConfigDict:
 
     c.fp8 = ConfigDict()
     c.fp8.enabled = False  # block-scaled FP8 products in the layers that FP8 checkpoints quantise
-    c.fp8.hold = ()  # regular expressions of paths that stay in `dtype`
-    c.fp8.monitor_every = 0  # steps between records of each layer's quantisation error; 0: never
+    # Regular expressions of paths that stay in `dtype`. A path names a place in the unit of layers, and is of all units.
+    c.fp8.hold = ()
+    c.fp8.monitor_every = 0  # steps between records of each path's quantisation error, the largest over units; 0: never
 
     c.eval_every = 0  # steps; 0: only at the end
     c.log_every = 10  # steps; and beside every checkpoint
@@ -146,6 +148,8 @@ def check_config(c: ConfigDict) -> None:
         raise UserError("config.fp8.enabled does not go with context_parallel: its blocks of tokens would lie across devices")
     if c.lora.rank and (c.freeze or c.fp8.enabled):
         raise UserError("config.lora trains nothing but its own matrices: it goes with neither freeze nor fp8.enabled")
+    if c.lora != default_config().lora and not c.lora.rank:
+        raise UserError("config.lora changes nothing without a rank, and all of the model is trained: set config.lora.rank")
 
 
 def _get(c: ConfigDict, field: str):

@@ -84,6 +84,22 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
     return metrics
 
 
+def export(config: ConfigDict, workdir: str, directory: str, step: int) -> None:
+    """Writes the checkpoint of `step` in `workdir`, a run of `config`, as the Hugging Face directory `directory`.
+
+    Raises UserError where there is no such checkpoint, where it is of another run, and where the directory exists.
+    """
+    with together():
+        check_config(config)
+        if not check_directory(epath.Path(workdir), "give the directory of a run"):
+            raise UserError(f"there is no directory {workdir}: give that of a run")
+        check_export_target(directory)
+        run = make_run(config, find_origin(config))
+    with Checkpoints(workdir, **config.checkpoint, clear=False) as checkpoints:  # the run may be going on
+        _, state, _ = checkpoints.restore(run.state, step)
+    _export(run, state, directory)
+
+
 class _Loop:
     """One run on its way. `state` is the train state after `step` steps."""
 
@@ -94,6 +110,7 @@ class _Loop:
         self.first_evaluation = evaluation.get_state() if evaluation else None
         self.state: dict[str, Any] = {}
         self.step = 0
+        self.evaluated: int | None = None  # the step of the last evaluation
         self.metrics: dict[str, float] = {}
 
     def begin(self) -> None:
@@ -112,10 +129,11 @@ class _Loop:
         self.writer.truncate(self.step)
 
     def _read_ahead(self) -> None:
-        """Reads the first batch and goes back: a bad line is named before minutes of compilation, not after."""
-        position = self.data.get_state()
-        next(self.data, None)
-        self.data.set_state(position)
+        """Reads the first batches and goes back: a bad line is named before minutes of compilation, not after."""
+        for data in filter(None, (self.data, self.evaluation)):
+            position = data.get_state()
+            next(data, None)
+            data.set_state(position)
 
     def run_steps(self, profile_dir: str | None) -> dict[str, float]:
         """Trains to the last step and returns the last metrics."""
@@ -148,34 +166,45 @@ class _Loop:
                 # Beside a checkpoint too: it holds these numbers, and a run that goes on from it begins to count here.
                 if self.step % config.log_every == 0 or self.step == last or due:
                     self._log(meter.take())
-                self._after_step(eval_step, due, self.step == last)
+                with meter.paused():
+                    self._after_step(eval_step, due, self.step == last)
         self._check_finite(previous)
-        return self._finish()
+        self._stop_if_told()
+        if self.step < last:
+            self._say(f"the data ended after {config.data.epochs} epochs, at step {self.step} of {last}")
+            if meter.steps:
+                self._log(meter.take())
+            self._after_step(eval_step, due=False, last=True)
+        self.checkpoints.wait()
+        return self.metrics
 
     def _after_step(self, eval_step: Callable | None, due: bool, last: bool) -> None:
-        """Evaluation, and a checkpoint where one is due."""
+        """Evaluation, and a checkpoint where one is due, also where the evaluation data turn out to be bad."""
         config, every = self.config, self.config.eval_every
-        if eval_step and (last or (every and self.step % every == 0) or (due and config.checkpoint.keep_best)):
-            found = self._evaluate(eval_step)
-            self.metrics |= found
-            self.writer.write(self.step, found)
-            self._say(f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
-        if due or last:
-            self._save()
+        wanted = last or (every and self.step % every == 0) or (due and config.checkpoint.keep_best)
+        try:
+            if eval_step and wanted and self.evaluated != self.step:
+                self._log_evaluation(self._evaluate(eval_step))
+        finally:
+            if due or last:
+                self._save()
 
-    def _finish(self) -> dict[str, float]:
+    def _log_evaluation(self, found: dict[str, float]) -> None:
+        self.evaluated = self.step
+        self.metrics |= found
+        self.writer.write(self.step, found)
+        self._say(f"step {self.step}  " + "  ".join(f"{name} {value:.4f}" for name, value in found.items()))
+
+    def _stop_if_told(self) -> None:
         if number := self.stop.number():
             self._save()
             self.checkpoints.wait()
             raise Interrupted(number, self.step)
-        if self.step < self.config.steps:
-            self._say(f"the data ended after {self.config.data.epochs} epochs, at step {self.step}")
-            self._save()
-        self.checkpoints.wait()
-        return self.metrics
 
     def _save(self) -> None:
-        if self.checkpoints.save(self.step, self.state, self.data.get_state(), self.metrics, force=True):
+        # An evaluation of other weights says nothing of these: keep_best would keep the wrong ones.
+        metrics = {n: x for n, x in self.metrics.items() if self.evaluated == self.step or not n.startswith("eval/")}
+        if self.checkpoints.save(self.step, self.state, self.data.get_state(), metrics, force=True):
             self._say(f"step {self.step}  checkpoint")
 
     def _next_batch(self, parts: int) -> dict | None:
@@ -207,10 +236,10 @@ class _Loop:
         return result
 
     def _record_fp8(self, monitor: Callable, batch: dict) -> None:
-        """Each layer's quantisation errors on this batch: the largest over its units to the metrics."""
+        """Each layer's quantisation errors in the step that comes: the largest over its units to the metrics."""
         found = jax.device_get(monitor(self.state["params"], self.state["frozen"], batch))
         self.writer.write(
-            self.step, {f"fp8/{path}/{name}": float(np.max(x)) for path, row in found.items() for name, x in row.items()}
+            self.step + 1, {f"fp8/{path}/{name}": float(np.max(x)) for path, row in found.items() for name, x in row.items()}
         )
 
     def _check_finite(self, metrics: dict | None) -> None:
@@ -247,7 +276,7 @@ class _Loop:
 
 
 class _Meter:
-    """Metrics between two log lines: losses are means over them, the others those of the last step."""
+    """Metrics between two log lines: losses are means over them, the others those of the last step; speeds are of steps alone."""
 
     def __init__(self, run: Run):
         self.run, self.steps = run, []
@@ -255,6 +284,13 @@ class _Meter:
 
     def add(self, metrics: dict[str, jax.Array]) -> None:
         self.steps.append(metrics)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What goes on inside, evaluation and saving, does not count as time of steps."""
+        begin = time.perf_counter()
+        yield
+        self.begin += time.perf_counter() - begin
 
     def take(self) -> dict[str, float]:
         config, model = self.run.config, self.run.model

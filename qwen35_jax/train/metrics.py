@@ -149,7 +149,7 @@ def progress_line(step: int, total: int, metrics: Mapping[str, Any]) -> str:
     """`step 120/2000  loss 2.314  lr 3.0e-4  12.3k tokens/s  MFU 41.2 %  memory 3.1/16.0 GiB  eta 0:12:31`.
 
     Each part is there if its metrics are: loss, learning_rate, tokens_per_second, mfu (a fraction), memory_in_use and
-    memory_limit (bytes), seconds_per_step.
+    memory_limit (bytes), seconds_per_step; and `skipped 2` if there were steps that are not finite.
     """
     parts = [f"step {step}/{total}"]
     if "loss" in metrics:
@@ -163,6 +163,8 @@ def progress_line(step: int, total: int, metrics: Mapping[str, Any]) -> str:
     if metrics.get("memory_in_use") is not None:
         limit = f"/{metrics['memory_limit'] / 2**30:.1f}" if metrics.get("memory_limit") else ""
         parts.append(f"memory {metrics['memory_in_use'] / 2**30:.1f}{limit} GiB")
+    if metrics.get("skipped"):
+        parts.append(f"skipped {metrics['skipped']:.0f}")
     if "seconds_per_step" in metrics:
         seconds = round(float(metrics["seconds_per_step"]) * (total - step))
         parts.append(f"eta {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}")

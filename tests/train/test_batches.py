@@ -146,6 +146,19 @@ def test_other_data_is_refused(config, tmp_path):
         make(config).set_state(state)
 
 
+def test_corrected_lines_are_gone_on_with(config, tmp_path, caplog):
+    """A bad line stops a run, so one that is mended may follow; that the bytes are others is said."""
+    data = make(config)
+    next(data)
+    state, expected = data.get_state(), next(data)
+    path = tmp_path / "a.jsonl"
+    path.write_text(path.read_text() + " ")  # blank: no line
+    resumed = make(config)
+    resumed.set_state(state)
+    assert_same([next(resumed)], [expected])
+    assert "the data has been changed since the checkpoint" in caplog.text
+
+
 def test_evaluation_is_one_pass_in_order(config):
     config.eval, config.epochs, config.sequence_length = config.train, 0, 1024
     data = make(config, train=False)

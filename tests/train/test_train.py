@@ -84,6 +84,7 @@ def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
     wait_for(process, tmp_path / "cut" / "metrics.jsonl", '"step": 7')
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=600)
+    assert "resumed from the checkpoint of step 4" in err
     if process.returncode != 0:  # it may have been done before the signal came
         assert process.returncode == 128 + signal.SIGTERM, err[-3000:]
         assert "stopped: SIGTERM after step" in err
@@ -126,6 +127,9 @@ WRONG = [
     (["--config.fp8.hold=('mixer',)", "--workdir", "w"], "config.fp8.hold is about FP8 layers"),
     (["--config.checkpoint.keep_best=1", "--config.checkpoint.best_metric=mtp_loss", "--workdir", "w"], "has no such loss"),
     (["--config.steps=3", "--workdir", "w", "--profile", "trace"], "but 3 are left"),
+    (["--config.lora.alpha=8", "--workdir", "w"], "set config.lora.rank"),
+    (["--workdir", "w", "--export_step", "4"], "it needs --export_hf"),
+    (["--workdir", "absent", "--export_step", "4", "--export_hf", "out"], "there is no directory absent"),
     (["--config.data.train=('nowhere.jsonl',)", "--workdir", "w"], "nowhere.jsonl"),
     (["--config.model.random_weights=false", "--workdir", "w"], "config.model.changes"),
     (["--config.freeze=('nothing_like_it',)", "--workdir", "w"], "nothing_like_it"),

@@ -91,9 +91,15 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         return {**self._identity, **counts, "waiting": waiting}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `get_state` was called. Raises UserError if the data or the shuffling are not the same."""
+        """Go on exactly where `get_state` was called. Raises UserError if the number of lines or the shuffling is not the same.
+
+        Lines may have been corrected since then, as a bad one has to be; that they were is said.
+        """
         for name, value in self._identity.items():
-            if state[name] != value:
+            if state[name] != value and name == "bytes":
+                if not self._quiet:
+                    logging.warning("the data has been changed since the checkpoint: %d bytes, then %d", value, state[name])
+            elif state[name] != value:
                 raise UserError(
                     f"the data is not that of the checkpoint: {name} was {state[name]} and is {value}; "
                     "restore data and data.shuffle_seed, or start another run"
@@ -131,7 +137,8 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
             self._skip_line(example)
             return self._unusable_line()
         document = self._document(index, example)
-        self.truncated += len(document.example.tokens) < len(example.tokens)
+        if len(document.example.tokens) < len(example.tokens):
+            self._count_truncated(len(example.tokens))
         if not document.example.loss_weights.any():
             return self._unusable_line()
         self._unusable = 0
@@ -150,6 +157,12 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         if self.bad_lines <= REPORTED and not self._quiet:
             more = "" if self.bad_lines < REPORTED else " (further ones are only counted)"
             logging.warning("bad line skipped: %s%s", error, more)
+
+    def _count_truncated(self, tokens: int) -> None:
+        self.truncated += 1
+        if self.truncated == 1 and not self._quiet:
+            text = "a chat of %d tokens is cut off at data.sequence_length (%d); further ones are only counted, as data/truncated"
+            logging.warning(text, tokens, self._shape[1])
 
     def _unusable_line(self) -> None:
         # Data that has no other lines would be read for ever. A single good one can lie at the two ends of two epochs.
