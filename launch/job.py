@@ -8,13 +8,13 @@ prints, for the scripts of this folder and a line each: hosts, chips of a host, 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import itertools
+import math
 import shlex
 import sys
-from pathlib import Path
 
 from launch.machines import Slice, parse_slice
+from launch.training import training_config
+from launch.words import flag
 from qwen35_jax import command
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import parse_mesh
@@ -49,7 +49,8 @@ class Job:
 
 
 def make_job(slice_text: str | None, words: list[str]) -> Job:
-    """UserError for an unknown slice or job, and where the mesh does not multiply to the devices of the slice (None: any)."""
+    """UserError for an unknown slice or job, for a training run that would refuse its configuration, and where the mesh does not
+    multiply to the devices of the slice (None: any). It asks for no device and reads no checkpoint."""
     where = parse_slice(slice_text) if slice_text is not None else None
     if not words or words[0] not in JOBS:
         raise UserError(f"job {words[0] if words else '(missing)'}: give {', '.join(JOBS)}, and its flags behind it")
@@ -57,42 +58,14 @@ def make_job(slice_text: str | None, words: list[str]) -> Job:
     given = [f for f in OURS if flag(arguments, f)]
     if given:
         raise UserError(f"--{given[0]} is what the launcher gives: leave it out")
+    mesh = training_config(arguments).mesh if name == "train" else flag(arguments, "mesh") or "1x1"
     if name == "convert" or where is None:
         return Job(name, arguments, None)
-    mesh = _mesh_of(name, arguments)
-    devices = 1
-    for n in parse_mesh(mesh):
-        devices *= n
+    devices = math.prod(parse_mesh(mesh))
     if devices != where.devices:
         text = f"{where.accelerator}:{where.topology} has {where.devices}"
         raise UserError(f"mesh {mesh} has {devices} devices, but {text}, on {where.hosts} hosts: give a mesh of all of them")
     return Job(name, arguments, where)
-
-
-def flag(arguments: tuple[str, ...], name: str) -> str:
-    """The value of the last --name=VALUE or --name VALUE; empty if there is none."""
-    value = ""
-    for word, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
-        for dashes in ("--", "-"):
-            if word == f"{dashes}{name}":
-                value = following
-            elif word.startswith(f"{dashes}{name}="):
-                value = word.partition("=")[2]
-    return value
-
-
-def _mesh_of(name: str, arguments: tuple[str, ...]) -> str:
-    if name == "sample":
-        return flag(arguments, "mesh") or "1x1"
-    if mesh := flag(arguments, "config.mesh"):
-        return mesh
-    file = flag(arguments, "config").partition(":")[0]
-    if not Path(file).is_file():
-        raise UserError(f"--config: no such file: {file or '(missing)'}")
-    spec = importlib.util.spec_from_file_location("launched_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config().mesh
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 # A job on GPU nodes under Slurm: one process a node, with all its GPUs. `--coordinator auto` finds the others.
 #
 #   launch/slurm.sh --slice h100:2x8 -- sample --mesh 2x8 --checkpoint DIR --prompt …
-#   launch/slurm.sh --slice h100:4x8 --time 24:00:00 --restarts 5 -- train --config configs/finetune.py --config.mesh=32x1 …
+#   launch/slurm.sh --slice h100:4x8 --time 24:00:00 --restarts 5 -- train --config configs/finetune.py \
+#     --config.model.source=Qwen/Qwen3.5-0.8B --config.mesh=32x1 --config.data.batch_size=32 \
+#     --config.data.train="('mine.jsonl',)" --workdir DIR
 #   launch/slurm.sh --slice h100:8 -- convert SRC DST                            (on one node, with no GPU)
 #
 # --partition P  --account A  --time T  --name NAME  --restarts N (after a failure; what Slurm requeues after preemption counts too)

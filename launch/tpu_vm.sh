@@ -2,7 +2,9 @@
 # A job on a slice of TPU VMs: makes the slice, copies this checkout to its hosts, runs the same command on all, deletes it.
 #
 #   launch/tpu_vm.sh --name NAME --zone ZONE --slice v5p:4x4x4 -- sample --mesh 16x4 --checkpoint gs://… --prompt …
-#   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:4x4 --spot --restarts 5 -- train --config … --workdir gs://…
+#   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:4x4 --spot --restarts 5 -- train --config configs/finetune.py \
+#     --config.model.source=Qwen/Qwen3.5-0.8B --config.mesh=16x1 --config.data.batch_size=16 \
+#     --config.data.train="('gs://…/mine.jsonl',)" --workdir gs://…
 #   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:2x2 -- convert gs://… gs://…       (on the first host alone)
 #
 # --project P  --spot  --restarts N (the slice is made again: it may have been taken away)  --python PYTHON (here)

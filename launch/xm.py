@@ -21,8 +21,9 @@ try:
 except ImportError as error:
     raise SystemExit(f"error: launch.xm needs XManager ({error}): pip install -e '.[launch]' -c launch/constraints.txt") from None
 
-from launch.job import Job, flag, make_job
+from launch.job import Job, make_job
 from launch.machines import GPU_ENVIRONMENT, Slice, parse_slice
+from launch.words import flag
 from qwen35_jax import command
 from qwen35_jax.errors import UserError
 
@@ -33,7 +34,8 @@ Starts a job, or one for every combination of the values of a sweep, on this mac
   python -m launch.xm --sweep config.optimizer.learning_rate=1e-4,3e-4 --sweep config.seed=0,1 -- \\
     train --config configs/finetune_tiny.py --workdir runs/sweep --config.data.train="('mine.jsonl',)"
   python -m launch.xm --executor vertex --slice h100:8 --image IMAGE --project P --bucket B -- \\
-    train --config configs/finetune.py --config.mesh=8x1 --workdir gs://B/run
+    train --config configs/finetune.py --config.model.source=Qwen/Qwen3.5-0.8B --config.mesh=8x1 \\
+    --config.data.train="('gs://B/mine.jsonl',)" --workdir gs://B/run
 
 A sweep adds each value as a flag of the job; a training run's --workdir (and --export_hf) get a folder for each combination.
 Here the job is `python -m qwen35_jax.…` with the Python that runs this; on Vertex AI, IMAGE is made of launch/Dockerfile.

@@ -36,7 +36,7 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
         if signal.getsignal(signal.SIGINT) is _end:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _open_streams()
-        arguments = _parsed()
+        arguments = parsed(flags.FLAGS, sys.argv)
         if HELP.value:
             print(usage.strip() + "\n\n" + flags.FLAGS.module_help("__main__"))
         else:
@@ -60,14 +60,21 @@ def run(main: Callable[[list[str]], None], usage: str) -> None:
         _fail(f"out of memory on a device ({reason}): take less at a time or more devices; qwen35_jax.plan says what fits")
 
 
-def _parsed() -> list[str]:
-    """Positional arguments. Loading a configuration runs the user's code, which can raise anything."""
+def parsed(values: flags.FlagValues, words: list[str], known_only: bool = False) -> list[str]:
+    """Positional arguments (with known_only, unknown flags too). Loading a configuration runs the user's code, which can raise
+    anything: that is a UserError in one line."""
     try:
-        return flags.FLAGS(sys.argv)[1:]
-    except (UserError, flags.Error):
+        return values(words, known_only)[1:]
+    except UserError:
         raise
+    except flags.Error as error:
+        before, found, trace = str(error).partition("Error whilst parsing config file:")
+        if not found:
+            raise
+        raise UserError(before + trace.strip().splitlines()[-1]) from error
     except SyntaxError as error:
-        raise UserError(f"{error.filename} line {error.lineno}: {error.msg}") from error
+        where = f"{error.filename} line {error.lineno}: " if error.filename else "wrong configuration: "
+        raise UserError(f"{where}{error.msg}") from error
     except Exception as error:
         text = str(error.args[0] if error.args else error)
         if text[:1] in "'\"":  # a field that is not there, in quotes that are quoted again

@@ -255,14 +255,14 @@ class Sharding:
 def check_mesh(config: ModelConfig, sharding: Sharding) -> None:
     """UserError, naming meshes that work, where the model cannot be cut as the mesh asks."""
     if sharding.context_parallel and sharding.mesh.shape["data"] == 1:
-        shape = "x".join(str(n) for n in sharding.mesh.devices.shape)
+        shape = "x".join(str(n) for n in sharding.mesh.axis_sizes)
         raise UserError(f"context parallelism cuts sequences over `data`, which is 1 in mesh {shape}: use one such as 8x1")
     problem = _mesh_problem(config, sharding.mesh.shape["data"], sharding.model)
     if problem:
         count = sharding.mesh.size
         while not (good := _meshes(config, count)):  # 1x1 fits every model
             count -= 1
-        text = "x".join(str(n) for n in sharding.mesh.devices.shape[0 if sharding.mesh.shape["replica"] > 1 else 1 :])
+        text = "x".join(str(n) for n in sharding.mesh.axis_sizes[0 if sharding.mesh.shape["replica"] > 1 else 1 :])
         advice = f"meshes of {count} devices that work: {', '.join(good)}"
         raise UserError(f"mesh {text} does not fit this model: {problem}; {advice}")
 

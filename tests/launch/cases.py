@@ -13,7 +13,8 @@ from tests.forked import ROOT, run_all
 GOLDEN = Path(__file__).parent / "golden"
 ASK = ["sample", "--checkpoint", "gs://bucket/model", "--prompt", "Why isn't the sky $(green)?"]
 COPY = ["convert", "Qwen/Qwen3.5-4B", "gs://bucket/it's here"]
-TUNE = ["train", "--config", "configs/finetune.py", "--workdir", "gs://bucket/run"]
+DATA = "--config.data.train=('gs://bucket/mine.jsonl',)"
+TUNE = ["train", "--config", "configs/finetune.py", DATA, "--workdir", "gs://bucket/run"]
 SLICES = {"v5p": ("v5p:2x2x4", "4x4"), "v6e": ("v6e:4x4", "2x8"), "tpu7x": ("tpu7x:2x2x4", "8x4"), "h100": ("h100:2x8", "2x8")}
 
 

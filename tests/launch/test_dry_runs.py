@@ -13,9 +13,13 @@ import pytest
 
 from launch.job import make_job
 from launch.machines import parse_slice
+from launch.training import check_cuts
 from qwen35_jax.errors import UserError
+from qwen35_jax.planner.topologies import parse_topology, stand_ins
+from qwen35_jax.train.config import default_config
+from qwen35_jax.train.run import find_origin, make_run
 from tests.forked import ROOT
-from tests.launch.cases import GOLDEN, gke_cases, gke_outputs, script_cases, script_output
+from tests.launch.cases import GOLDEN, TUNE, gke_cases, gke_outputs, script_cases, script_output
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +85,75 @@ def test_slices(text, hosts, chips, devices, machine):
         ("v6e:4x4", ["sample"], "mesh 1x1 has 1 devices"),
         ("v6e:4x4", ["sample", "--mesh", "4"], "mesh '4' is not a mesh"),
         ("v6e:4x4", ["sample", "--mesh", "4x4", "--coordinator", "auto"], "--coordinator is what the launcher gives"),
-        ("v6e:4x4", ["train", "--config.mesh", "4x2"], "mesh 4x2 has 8 devices"),
-        ("v6e:4x4", ["train", "--config", "configs/finetune_tiny.py"], "devices, but v6e:4x4 has 16"),
+        ("v6e:4x4", [*TUNE, "--config.mesh", "4x2"], "mesh 4x2 has 8 devices"),
+        ("v6e:4x4", TUNE, "mesh 1x1 has 1 devices, but v6e:4x4 has 16"),
+        ("v6e:4x4", [*TUNE, "--config.mesh=16x1"], "mesh 16x1 does not fit this model"),
+        (
+            "v6e:4x4",
+            [*TUNE, "--config.mesh=16x1", "--config.model.source=A/B"],
+            "batch_size (8) must be a multiple of 16: 16 shards",
+        ),
+        ("v6e:4x4", ["train", "--config", "configs/finetune.py", "--config.mesh=4x4"], "config.data.train names no files"),
+        ("v6e:4x4", [*TUNE, "--config.nothing=1"], "no field nothing"),
+        ("v6e:4x4", [*TUNE, "--config.remat=some"], "config.remat is 'some'"),
+        ("v6e:4x4", ["train", "--config=configs/tiny_vision.py:whole"], "tiny_vision.py:whole: the parts are"),
+        ("v6e:4x4", ["train", "--config", "README.md"], "README.md line"),
+        ("v6e:4x4", ["train", "--config.mesh=4x4"], "--config is missing"),
+        (None, ["train", "--config", "configs/finetune.py"], "config.data.train names no files"),
         ("v6e:4x4", ["train", "--config", "nowhere.py"], "no such file: nowhere.py"),
     ],
 )
 def test_what_does_not_fit(where, words, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_job(where, words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "line 1: invalid syntax"),
+        ("import nothing_such", "line 1: No module named 'nothing_such'"),
+        ("def get_config():\n    return {}", "start from default_config()"),
+        ("def get_config():\n    return None", "start from default_config()"),
+        ("x = 1", "has no attribute 'get_config'"),
+        ("\0", "null bytes"),
+    ],
+)
+def test_a_configuration_that_does_not_load_is_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # which another file's get_config() would still be in
+    file = tmp_path / "mine.conf"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        make_job("v6e:4x4", ["train", "--config", str(file)])
+    assert message in str(error.value) and "\n" not in str(error.value) and "None" not in str(error.value).split(":")[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh": "8x1", "data.batch_size": 12},
+        {"mesh": "2x2x2", "data.batch_size": 6},
+        {"mesh": "4x2", "data.batch_size": 8, "accumulate": 4},
+        {"mesh": "2x4x1", "data.batch_size": 3, "context_parallel": True},
+        {"mesh": "8x1", "data.sequence_length": 1020, "context_parallel": True},
+        {"mesh": "1x8", "context_parallel": True},
+    ],
+)
+def test_what_the_mesh_does_not_cut_is_refused_as_train_refuses_it(changes):
+    c = default_config()
+    c.update_from_flattened_dict(changes)
+    with pytest.raises(UserError) as theirs:
+        make_run(c, find_origin(c), stand_ins(parse_topology("v6e:2x4")))
+    with pytest.raises(UserError, match=f"^{re.escape(str(theirs.value))}$"):
+        check_cuts(c)
+
+
+@pytest.mark.parametrize("changes", [{"mesh": "8x1"}, {"mesh": "2x4x1", "data.batch_size": 16}, {"mesh": "4x2", "accumulate": 2}])
+def test_what_train_takes_passes(changes):
+    c = default_config()
+    c.update_from_flattened_dict(changes)
+    make_run(c, find_origin(c), stand_ins(parse_topology("v6e:2x4")))
+    check_cuts(c)
 
 
 @pytest.mark.parametrize(
@@ -125,3 +190,13 @@ def test_the_lines_of_the_readme():
         words = shlex.split(line)
         words = [sys.executable, *words[1:]] if words[0] == "python" else [words[0], "--python", sys.executable, *words[1:]]
         assert "coordinator" in script_output(words)
+
+
+def test_the_training_runs_of_the_help_are_taken():
+    """Those in the first lines of the scripts and in the help of launch.gke and launch.xm."""
+    files = ("slurm.sh", "tpu_vm.sh", "gke/__main__.py", "xm.py")
+    texts = [re.sub(r"\\+\n#? *", "", (ROOT / "launch" / name).read_text()) for name in files]
+    found = [match.groups() for text in texts for match in re.finditer(r"--slice (\S+)[^\n]* -- (train [^\n]*)", text)]
+    assert len(found) == 4
+    for where, words in found:
+        assert make_job(where, shlex.split(words)).slice.devices > 1

@@ -11,6 +11,7 @@ import pytest
 
 from qwen35_jax.errors import UserError
 from tests.forked import FAST, ROOT
+from tests.launch.cases import DATA
 
 pytest.importorskip("xmanager")
 
@@ -46,13 +47,13 @@ def test_a_job_that_fails_is_an_error_of_the_launcher(tmp_path):
 
 
 def test_a_sweep_is_a_job_for_every_combination(tmp_path):
-    train = ["train", "--config", "configs/finetune_tiny.py", "--workdir", "runs/s/"]
+    train = ["train", "--config", "configs/finetune_tiny.py", "--config.data.train=mine.jsonl", "--workdir", "runs/s/"]
     done = start(
         tmp_path, "--dry_run", "--sweep", "config.seed=0,1", "--sweep=config.optimizer.learning_rate=1e-4,3e-4", "--", *train
     )
     assert done.returncode == 0, done.stderr
     lines = done.stdout.replace(sys.executable, "PYTHON").splitlines()
-    start_of_all = "PYTHON -m qwen35_jax.train --config configs/finetune_tiny.py --workdir runs/s/ --config.seed="
+    start_of_all = f"PYTHON -m qwen35_jax.{' '.join(train)} --config.seed="
     assert lines == [
         f"{start_of_all}{seed} --config.optimizer.learning_rate={rate} --workdir=runs/s/seed={seed}_learning_rate={rate}"
         for seed in (0, 1)
@@ -61,7 +62,7 @@ def test_a_sweep_is_a_job_for_every_combination(tmp_path):
 
 
 VERTEX = {"executor": "vertex", "slice": "h100:8", "image": "registry/image:1", "project": "my-project", "bucket": "my-bucket"}
-TRAIN = ["train", "--config", "configs/finetune.py", "--config.mesh=8x1", "--workdir", "gs://bucket/run"]
+TRAIN = ["train", "--config", "configs/finetune.py", DATA, "--config.mesh=8x1", "--workdir", "gs://bucket/run"]
 
 
 @pytest.fixture(scope="module")
@@ -133,11 +134,11 @@ def test_a_conversion_on_vertex_takes_no_gpu(requests):
     [
         ({"executor": "vertex"}, TRAIN, "--slice is missing"),
         ({"slice": "h100:8"}, TRAIN, "--slice belongs to --executor vertex"),
-        (VERTEX | {"slice": "h100:2x8"}, [*TRAIN, "--config.mesh=16x1"], "on Vertex AI give one machine of GPUs"),
+        (VERTEX | {"slice": "h100:2x8"}, [*TRAIN, "--config.mesh=4x4"], "on Vertex AI give one machine of GPUs"),
         (VERTEX | {"slice": "v6e:2x2"}, ["sample", "--mesh", "2x2"], "on Vertex AI give one machine of GPUs"),
         (
             VERTEX,
-            ["train", "--config.mesh=8x1", "--workdir", "runs/here"],
+            [*TRAIN, "--workdir", "runs/here"],
             "what a machine of Vertex AI writes to its disk is lost",
         ),
         (VERTEX, ["sample", "--mesh", "4x1"], "mesh 4x1 has 4 devices"),
