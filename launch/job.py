@@ -2,7 +2,8 @@
 
     python -m launch.job SLICE sample|convert|train FLAG...
 
-prints, for the scripts of this folder and a line each: hosts, chips of a host, TPU VM type, its runtime, the command.
+prints, for the scripts of this folder and a line each: hosts, chips of a host, gcloud's flags for TPU VMs, their runtime,
+NAME=VALUE of the environment, the command.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import sys
 
 from launch.machines import Slice, parse_slice
 from launch.training import training_config
-from launch.words import flag
+from launch.words import flag, positional
 from qwen35_jax import command
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import parse_mesh
 
 JOBS = ("sample", "convert", "train")
 OURS = ("coordinator", "hosts", "host")  # flags that the launchers give
+OUTPUTS = ("workdir", "export_hf")  # flags of train: directories of what it makes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +41,20 @@ class Job:
         """The words of the command; `more` flags come last, and are for several hosts only."""
         return [python, "-m", f"qwen35_jax.{self.name}", *self.arguments, *(more if self.hosts > 1 else ())]
 
+    @property
+    def outputs(self) -> dict[str, str]:
+        """{flag or argument: the directory that is written there}. A training run without --workdir has an empty one."""
+        if self.name == "convert":
+            return {"DST": positional(self.arguments)[1]}
+        given = {name: flag(self.arguments, name) for name in OUTPUTS if self.name == "train"}
+        return {f"--{name}": value for name, value in given.items() if value or name == "workdir"}
+
     def need_bucket(self, where: str) -> None:
-        """UserError for a training run whose checkpoints would be lost with the machine that wrote them."""
-        workdir = flag(self.arguments, "workdir")
-        if self.name == "train" and not workdir.startswith("gs://"):
-            raise UserError(
-                f"--workdir {workdir or '(missing)'}: what {where} writes to its disk is lost: give a gs:// directory"
-            )
+        """UserError for what would be lost with the machine that wrote it."""
+        for name, value in self.outputs.items():
+            if not value.startswith("gs://"):
+                text = f"{name} {value or '(missing)'}: what {where} writes to its disk is lost"
+                raise UserError(f"{text}: give a gs:// directory")
 
 
 def make_job(slice_text: str | None, words: list[str]) -> Job:
@@ -59,6 +68,8 @@ def make_job(slice_text: str | None, words: list[str]) -> Job:
     if given:
         raise UserError(f"--{given[0]} is what the launcher gives: leave it out")
     mesh = training_config(arguments).mesh if name == "train" else flag(arguments, "mesh") or "1x1"
+    if name == "convert" and len(positional(arguments)) != 2:
+        raise UserError(f"convert takes SRC and DST, got {len(positional(arguments))} arguments")
     if name == "convert" or where is None:
         return Job(name, arguments, None)
     devices = math.prod(parse_mesh(mesh))
@@ -76,7 +87,8 @@ def main() -> None:
     if where.is_tpu:
         job.need_bucket("a TPU VM")
     tpu_vm = (where.tpu_vm, where.kind.runtime) if where.kind.tpu_vm else ("", "")
-    print(where.hosts, where.chips, *tpu_vm, shlex.join(job.command("--coordinator", "auto")), sep="\n")
+    variables = " ".join(f"{name}={value}" for name, value in job.slice.environment.items()) if job.slice else ""
+    print(where.hosts, where.chips, *tpu_vm, variables, shlex.join(job.command("--coordinator", "auto")), sep="\n")
 
 
 if __name__ == "__main__":

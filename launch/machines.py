@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 from qwen35_jax.errors import UserError
 
@@ -16,14 +17,12 @@ SMALL = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")  # cubes that are not whole: v5p an
 CUBE = 4  # larger slices are made of cubes of 4 x 4 x 4 chips
 
 
-# What containers set for JAX. Chips that are not there are an error, and not virtual CPU devices; GKE mounts the GPUs' driver
-# where the loader does not look; and JAX would take three quarters of a GPU's memory.
+# What every launcher sets for JAX. Chips that are not there are an error, and not virtual CPU devices; and JAX would take three
+# quarters of a GPU's memory.
 TPU_ENVIRONMENT = {"JAX_PLATFORMS": "tpu,cpu"}
-GPU_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cuda,cpu",
-    "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64",
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
-}
+GPU_ENVIRONMENT = {"JAX_PLATFORMS": "cuda,cpu", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+# In containers of Google's the GPUs' driver is mounted where the loader does not look. On Slurm's nodes it would hide the user's.
+GPU_CONTAINER = {"LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,18 +84,43 @@ class Slice:
         return self.hosts * self.chips * self.kind.devices
 
     @property
+    def environment(self) -> dict[str, str]:
+        """Variables of the job's processes."""
+        return TPU_ENVIRONMENT if self.is_tpu else GPU_ENVIRONMENT
+
+    @property
+    def container_environment(self) -> dict[str, str]:
+        """The same where they run in a container of Google's."""
+        return self.environment | ({} if self.is_tpu else GPU_CONTAINER)
+
+    @property
     def machine(self) -> str:
         return self.kind.machine.format(chips=self.chips)
 
     @property
     def tpu_vm(self) -> str:
-        """Its accelerator type as a TPU VM. UserError where there are none."""
+        """The flags by which gcloud makes it of TPU VMs. UserError where there are none.
+
+        An accelerator type is a number of chips, to which Cloud TPU gives the most compact shape; another one is asked for.
+        """
         if not self.kind.tpu_vm:
             names = ", ".join(name for name, a in ACCELERATORS.items() if a.tpu_vm)
             raise UserError(
                 f"{self.accelerator}: there are no TPU VMs of it (but of {names}); see launch/gke and launch/slurm.sh"
             )
-        return f"{self.kind.tpu_vm}{self.hosts * self.chips * self.kind.tpu_vm_units}"
+        chips = self.hosts * self.chips
+        if self.kind.cubes and self.topology != compact(chips):
+            return f"--type {self.accelerator} --topology {self.topology}"
+        return f"--accelerator-type {self.kind.tpu_vm}{chips * self.kind.tpu_vm_units}"
+
+
+def compact(chips: int) -> str:
+    """Of the topologies AxBxC of so many chips of a v5p the one with the smallest sides."""
+    sides = [n for n in range(1, chips + 1) if chips % n == 0]
+    found = [(a, b, chips // a // b) for a in sides for b in sides if chips % (a * b) == 0]
+    texts = {"x".join(str(n) for n in shape): shape for shape in found}
+    able = {text: shape for text, shape in texts.items() if text in SMALL or _whole(shape)}
+    return min(able, key=lambda text: sum(able[text]))
 
 
 def parse_slice(text: str) -> Slice:
@@ -125,7 +149,11 @@ def _check_topology(text: str, name: str, topology: str, cubes: int) -> None:
             raise UserError(f"slice {text!r}: topologies of {name} are {', '.join(FLAT)}")
         return
     sides = [int(n) for n in topology.split("x")] if re.fullmatch(r"\d{1,3}x\d{1,3}x\d{1,3}", topology) else []
-    whole = bool(sides) and 0 not in sides and sides == sorted(sides) and not any(n % CUBE for n in sides)
-    if topology not in SMALL and not (whole and math.prod(sides) <= cubes * CUBE**3):
+    if topology not in SMALL and not (_whole(sides) and math.prod(sides) <= cubes * CUBE**3):
         larger = f"AxBxC of multiples of {CUBE}, A <= B <= C, of at most {cubes * CUBE**3} chips"
         raise UserError(f"slice {text!r}: topologies of {name} are {', '.join(SMALL)} and {larger}")
+
+
+def _whole(sides: Sequence[int]) -> bool:
+    """Whether a slice with these sides is made of whole cubes, and its sides are in order."""
+    return bool(sides) and 0 not in sides and list(sides) == sorted(sides) and not any(n % CUBE for n in sides)

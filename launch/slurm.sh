@@ -39,10 +39,11 @@ shift
 [[ $slice == h[12]00* ]] || fail "--slice $slice: GPU nodes are h100:2x8 or h200:2x8; for TPUs see launch/tpu_vm.sh and launch/gke"
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts $restarts: give a number"
 [ -f setup.py ] || fail "run this in the checkout of qwen35_jax"
+[ "$dry" = yes ] || command -v sbatch >/dev/null || fail "there is no sbatch here: run this where Slurm takes jobs"
 
 "$python" -c 'import qwen35_jax.sharding' 2>/dev/null || fail "$python has no qwen35_jax: install it (pip install -e .), or name one with --python"
 plan=$("$python" -m launch.job "$slice" "$@") || exit 1
-{ read -r hosts && read -r gpus && read -r _ && read -r _ && { IFS= read -rd '' command || true; }; } <<<"$plan"
+{ read -r hosts && read -r gpus && read -r _ && read -r _ && read -r variables && { IFS= read -rd '' command || true; }; } <<<"$plan"
 command=${command%$'\n'} # the rest: a prompt may have several lines
 [ "$1" != convert ] || hosts=1 gpus=0
 
@@ -51,7 +52,8 @@ submit=(sbatch --job-name "$name" --nodes "$hosts" --ntasks-per-node 1 --exclusi
 [ "$gpus" = 0 ] || submit+=(--gpus-per-node "$gpus")
 submit+=("${more[@]}")
 
-batch="#!/usr/bin/env bash
+batch="#!/usr/bin/env bash${variables:+
+export $variables}
 # kill-on-bad-exit: where one process ends badly, so do the others.
 srun --kill-on-bad-exit=1 $(printf %q "$python") ${command#python }
 status=\$?

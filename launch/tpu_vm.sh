@@ -8,7 +8,7 @@
 #   launch/tpu_vm.sh --name NAME --zone ZONE --slice v6e:2x2 -- convert gs://… gs://…       (on the first host alone)
 #
 # --project P  --spot  --restarts N (the slice is made again: it may have been taken away)  --python PYTHON (here)
-# A v5p slice has the shape that Cloud TPU gives to its number of chips, if that is not the one asked for.
+# A v5p slice of another shape than the most compact of its number of chips is asked for by --type and --topology.
 # --keep: the slice stays.  --existing: it is there, and stays.  --dry_run prints what would be run.
 # Needs gcloud and git, and the package in the Python here. Run it in the checkout: its files go to the hosts, but for ignored ones.
 set -euo pipefail
@@ -42,29 +42,33 @@ done
 [[ $restarts =~ ^[0-9]+$ ]] || fail "--restarts $restarts: give a number"
 [ "$existing$spot" != yesyes ] || fail "--spot is for a slice that is made: leave out --existing"
 [ -f setup.py ] || fail "run this in the checkout of qwen35_jax"
+[ "$dry" = yes ] || command -v gcloud >/dev/null || fail "there is no gcloud here: install Google Cloud's command line tools"
 
 "$python" -c 'import qwen35_jax.sharding' 2>/dev/null || fail "$python has no qwen35_jax: install it (pip install -e .), or name one with --python"
 plan=$("$python" -m launch.job "$slice" "$@") || exit 1
-{ read -r hosts && read -r _ && read -r type && read -r runtime && { IFS= read -rd '' command || true; }; } <<<"$plan"
+{ read -r hosts && read -r _ && read -ra type && read -r runtime && read -r variables && { IFS= read -rd '' command || true; }; } <<<"$plan"
 command=${command%$'\n'} # the rest: a prompt may have several lines
-[ -n "$type" ] || fail "$slice: there are no TPU VMs of it; see launch/gke and launch/slurm.sh"
+[ -n "${type[*]}" ] || fail "$slice: there are no TPU VMs of it; see launch/gke and launch/slurm.sh"
 
 where=("--zone" "$zone")
 [ -z "$project" ] || where+=("--project" "$project")
-create=(gcloud compute tpus tpu-vm create "$name" "${where[@]}" --accelerator-type "$type" --version "$runtime")
+create=(gcloud compute tpus tpu-vm create "$name" "${where[@]}" "${type[@]}" --version "$runtime")
 [ "$spot" = no ] || create+=(--spot)
 delete=(gcloud compute tpus tpu-vm delete "$name" "${where[@]}" --quiet)
 ssh=(gcloud compute tpus tpu-vm ssh "$name" "${where[@]}")
 workers=all
 [ "$1" != convert ] || workers=0
 archive=${TMPDIR:-/tmp}/$name.tar.gz
-pack=(bash -o pipefail -c "git ls-files -z --cached --others --exclude-standard | tar --null --files-from - -czf $(printf %q "$archive")")
+# What git tracks and is not there, deleted and not committed, is left out.
+pack=(bash -o pipefail -c "git ls-files -z --cached --others --exclude-standard |
+while IFS= read -rd '' f; do if [ -e \"\$f\" ] || [ -L \"\$f\" ]; then printf '%s\\0' \"\$f\"; fi; done |
+tar --null --files-from - -czf $(printf %q "$archive")")
 copy=(gcloud compute tpus tpu-vm scp "$archive" "$name:qwen35_jax.tar.gz" "${where[@]}" --worker "$workers")
 # uv brings a Python that is new enough where the host has none.
 install="mkdir -p qwen35_jax && tar -xzf qwen35_jax.tar.gz -C qwen35_jax && cd qwen35_jax &&
 python3 -m pip install -q uv && python3 -m uv venv -q --allow-existing --python '>=3.11' .venv &&
 python3 -m uv pip install -q --python .venv/bin/python -e '.[tpu]'"
-work="cd qwen35_jax && export PATH=\$PWD/.venv/bin:\$PATH && exec $command"
+work="cd qwen35_jax && export PATH=\$PWD/.venv/bin:\$PATH${variables:+ $variables} && exec $command"
 
 run() { # run WORD...: or prints it, so that it can be pasted
   if [ "$dry" = yes ]; then
@@ -79,7 +83,7 @@ attempt() {
   if [ "$existing" = no ]; then
     run "${create[@]}" || return
   fi
-  run "${pack[@]}" && run "${copy[@]}" && run "${ssh[@]}" --worker "$workers" --command "$install" &&
+  run "${copy[@]}" && run "${ssh[@]}" --worker "$workers" --command "$install" &&
     run "${ssh[@]}" --worker "$workers" --command "$work"
 }
 
@@ -94,6 +98,7 @@ if [ "$existing$dry" = nono ]; then
     fail "$name is there already: --existing uses it, or give another --name"
   trap stopped INT TERM HUP
 fi
+run "${pack[@]}" || fail "this checkout was not packed; no slice was made"
 for ((try = 0; ; try++)); do
   status=0
   attempt || status=$?

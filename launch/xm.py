@@ -22,7 +22,7 @@ except ImportError as error:
     raise SystemExit(f"error: launch.xm needs XManager ({error}): pip install -e '.[launch]' -c launch/constraints.txt") from None
 
 from launch.job import Job, make_job
-from launch.machines import GPU_ENVIRONMENT, Slice, parse_slice
+from launch.machines import Slice, parse_slice
 from launch.words import flag
 from qwen35_jax import command
 from qwen35_jax.errors import UserError
@@ -89,8 +89,9 @@ def worker_pools(words: list[str], where: Slice | None) -> list[dict[str, Any]]:
     if where is not None:
         kind = {"accelerator_type": where.kind.vertex, "accelerator_count": where.chips}
         machine = {"machine_type": where.machine} | kind
-    variables = [{"name": name, "value": value} for name, value in GPU_ENVIRONMENT.items()]
-    container = {"image_uri": IMAGE.value, "command": words, "env": variables}
+    container = {"image_uri": IMAGE.value, "command": words}
+    if where is not None:
+        container["env"] = [{"name": name, "value": value} for name, value in where.container_environment.items()]
     return [{"machine_spec": machine, "replica_count": 1, "container_spec": container}]
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 
 from launch.job import Job
-from launch.machines import GPU_ENVIRONMENT, TPU_ENVIRONMENT, Slice
+from launch.machines import Slice
 from qwen35_jax.errors import UserError
 
 REPLICATED_JOB = "slice"
@@ -92,8 +92,7 @@ def _pod_spec(job: Job, options: Options) -> dict:
 def _container(job: Job, options: Options) -> dict:
     words, variables = job.command("--coordinator", "auto"), []
     if job.slice:
-        given = TPU_ENVIRONMENT if job.slice.is_tpu else GPU_ENVIRONMENT
-        variables = [{"name": name, "value": value} for name, value in given.items()]
+        variables = [{"name": name, "value": value} for name, value in job.slice.container_environment.items()]
     if job.hosts > 1 and not job.slice.is_tpu:
         first = f"{options.name}-{REPLICATED_JOB}-0-0.{options.name}:{PORT}"
         words = job.command("--coordinator", first, "--hosts", str(job.hosts), "--host", "$(NODE_RANK)")

@@ -99,6 +99,7 @@ def test_slices(text, hosts, chips, devices, machine):
         ("v6e:4x4", ["train", "--config=configs/tiny_vision.py:whole"], "tiny_vision.py:whole: the parts are"),
         ("v6e:4x4", ["train", "--config", "README.md"], "README.md line"),
         ("v6e:4x4", ["train", "--config.mesh=4x4"], "--config is missing"),
+        ("v6e:4x4", ["convert", "Qwen/Qwen3.5-4B", "--to", "hf"], "convert takes SRC and DST, got 1"),
         (None, ["train", "--config", "configs/finetune.py"], "config.data.train names no files"),
         ("v6e:4x4", ["train", "--config", "nowhere.py"], "no such file: nowhere.py"),
     ],
@@ -106,6 +107,49 @@ def test_slices(text, hosts, chips, devices, machine):
 def test_what_does_not_fit(where, words, message):
     with pytest.raises(UserError, match=re.escape(message)):
         make_job(where, words)
+
+
+@pytest.mark.parametrize(
+    ("words", "lost"),
+    [
+        (["sample", "--mesh=4x4", "--export_hf", "x"], ""),  # which sample will say that it does not know
+        ([*TUNE, "--config.mesh=4x4"], ""),
+        ([*TUNE, "--config.mesh=4x4", "--export_hf=gs://bucket/it"], ""),
+        ([*TUNE, "--config.mesh=4x4", "--export_hf", "runs/it"], "--export_hf runs/it: what a pod writes to its disk is lost"),
+        ([*TUNE, "--config.mesh=4x4", "--workdir=runs/it"], "--workdir runs/it: what a pod"),
+        ([*TUNE[:-2], "--config.mesh=4x4"], "--workdir (missing): what a pod"),
+        (["convert", "--to", "hf", "gs://bucket/a", "--revision=x", "gs://bucket/b"], ""),
+        (["convert", "--to", "hf", "gs://bucket/a", "--revision=x", "b"], "DST b: what a pod writes to its disk is lost"),
+    ],
+)
+def test_what_is_written_must_outlive_the_machines(words, lost):
+    job = make_job("v6e:4x4", words)
+    if not lost:
+        job.need_bucket("a pod")
+        return
+    with pytest.raises(UserError, match=f"^{re.escape(lost)}.*: give a gs:// directory$"):
+        job.need_bucket("a pod")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags"),
+    [
+        ("v6e:4x4", "--accelerator-type v6e-16"),
+        ("v5e:2x4", "--accelerator-type v5litepod-8"),
+        ("v5p:2x2x1", "--accelerator-type v5p-8"),
+        ("v5p:2x4x4", "--accelerator-type v5p-64"),
+        # The shapes that Cloud TPU's page on v5p has for these numbers of chips.
+        ("v5p:4x4x8", "--accelerator-type v5p-256"),
+        ("v5p:4x8x8", "--accelerator-type v5p-512"),
+        ("v5p:8x8x8", "--accelerator-type v5p-1024"),
+        ("v5p:8x8x16", "--accelerator-type v5p-2048"),
+        ("v5p:16x16x24", "--accelerator-type v5p-12288"),
+        ("v5p:4x4x16", "--type v5p --topology 4x4x16"),
+        ("v5p:4x8x16", "--type v5p --topology 4x8x16"),
+    ],
+)
+def test_how_tpu_vms_are_asked_for(text, flags):
+    assert parse_slice(text).tpu_vm == flags
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_each_host_is_a_pod_with_all_its_chips(accelerator, hosts, chips, select
         # The first pod's name, as JobSet and XPK have it: JOBSET-REPLICATEDJOB-JOB-POD.SUBDOMAIN.
         first = f"my-sample-{group['name']}-0-0.{spec['network']['subdomain']}:6002"
         assert words[-6:] == ["--coordinator", first, "--hosts", "2", "--host", "$(NODE_RANK)"]
-        names = ["JAX_PLATFORMS", "LD_LIBRARY_PATH", "XLA_PYTHON_CLIENT_MEM_FRACTION", "NODE_RANK"]
+        names = ["JAX_PLATFORMS", "XLA_PYTHON_CLIENT_MEM_FRACTION", "LD_LIBRARY_PATH", "NODE_RANK"]
         assert [variable["name"] for variable in container["env"]] == names
     else:
         assert words[-2:] == ["--coordinator", "auto"]

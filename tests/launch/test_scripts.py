@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
+import tarfile
+from pathlib import Path
 
 import pytest
 
+from launch.machines import GPU_ENVIRONMENT, TPU_ENVIRONMENT
 from tests.forked import ROOT
 
 # Writes its words down; fails at the n-th call whose words hold the text in $FAIL_AT, for n in $FAILURES.
@@ -36,11 +40,11 @@ def fake(tmp_path):
     return tmp_path
 
 
-def start(fake, words: list[str], fail_at: str, failures: str) -> tuple[int, str, list[str]]:
+def start(fake, words: list[str], fail_at: str, failures: str, cwd: Path = ROOT) -> tuple[int, str, list[str]]:
     environment = {"PATH": f"{fake}:{os.environ['PATH']}", "CALLS": str(fake / "calls"), "TMPDIR": str(fake)}
     environment |= {"FAIL_AT": fail_at, "FAILURES": failures, "JAX_PLATFORMS": "cpu"}
     words = [words[0], "--python", sys.executable, *words[1:]]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | environment)
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120, env=os.environ | environment)
     return done.returncode, done.stderr, (fake / "calls").read_text().splitlines()
 
 
@@ -84,6 +88,61 @@ def test_a_slice_is_deleted_when_the_script_is_stopped(fake):
     (fake / "gcloud").write_text(FAKE + '[[ "$*" != *"exec python"* ]] || kill -TERM $PPID\n')
     status, _, calls = start(fake, [*TPU, "--restarts", "2", *SAMPLE], "nothing fails", "")
     assert status == 130 and verbs(calls) == ["create", "scp", "ssh", "ssh", "delete"]
+
+
+def test_the_environment_is_that_of_the_containers(fake):
+    """All of it but where Google's containers have the driver."""
+    status, errors, calls = start(fake, [*TPU, *SAMPLE], "nothing fails", "")
+    assert status == 0, errors
+    assert f" {variables(TPU_ENVIRONMENT)} && exec python" in "\n".join(calls)
+    said = " ".join(f"{name}=${name}" for name in GPU_ENVIRONMENT)
+    (fake / "srun").write_text(f'#!/usr/bin/env bash\necho "{said}" >> "$CALLS"\n')
+    words = ["launch/slurm.sh", "--slice", "h100:2x8", "--", "sample", "--mesh", "2x8"]
+    status, errors, calls = start(fake, words, "nothing fails", "")
+    assert (status, calls[-1]) == (0, variables(GPU_ENVIRONMENT)), errors
+
+
+def variables(environment: dict[str, str]) -> str:
+    return " ".join(f"{name}={value}" for name, value in environment.items())
+
+
+def test_no_slice_is_made_of_a_checkout_that_cannot_be_packed(fake):
+    (fake / "tar").write_text("#!/usr/bin/env bash\nexit 2\n")
+    (fake / "tar").chmod(0o755)
+    (fake / "calls").touch()
+    status, errors, calls = start(fake, [*TPU, "--restarts", "2", *SAMPLE], "nothing fails", "")
+    assert status == 1 and not calls and errors == "error: this checkout was not packed; no slice was made\n"
+
+
+def test_deleted_files_are_left_out_of_the_archive(fake):
+    """What git tracks and is not in the tree."""
+    checkout = fake / "checkout"
+    for path in ("launch", "qwen35_jax", "setup.py", "configs"):
+        copy = shutil.copytree if (ROOT / path).is_dir() else shutil.copy
+        (fake / "checkout").mkdir(exist_ok=True)
+        copy(ROOT / path, checkout / path)
+    (checkout / "a b\n'c").write_text("kept")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *words], cwd=checkout, check=True)
+    (checkout / "configs" / "tiny.py").unlink()
+    status, errors, calls = start(fake, [*TPU, *SAMPLE], "nothing fails", "", checkout)
+    assert (status, verbs(calls)) == (0, ["create", "scp", "ssh", "ssh", "delete"]), errors
+    with tarfile.open(fake / "a.tar.gz") as archive:
+        names = archive.getnames()
+    assert "a b\n'c" in names and "launch/tpu_vm.sh" in names and "configs/tiny.py" not in names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(TPU, "there is no gcloud here"), (["launch/slurm.sh", "--slice", "h100:2x8"], "there is no sbatch here")],
+)
+def test_an_absent_program_is_one_line(words, message, tmp_path):
+    for name in ("bash", "env", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    words = [words[0], "--python", sys.executable, *words[1:], *SAMPLE]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, env={"PATH": str(tmp_path)})
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_prompt_of_several_lines(fake):

@@ -22,7 +22,7 @@ from google.cloud.aiplatform_v1.services.job_service import JobServiceClient  # 
 from google.cloud.aiplatform_v1.types import CustomJob  # noqa: E402
 
 from launch import xm  # noqa: E402
-from launch.machines import GPU_ENVIRONMENT  # noqa: E402
+from launch.machines import parse_slice  # noqa: E402
 
 
 def start(home, *arguments: str) -> subprocess.CompletedProcess:
@@ -113,8 +113,9 @@ def test_the_request_to_vertex(requests, capsys):
         assert job.job_spec.scheduling.strategy.name == "SPOT" and job.job_spec.scheduling.restart_job_on_worker_restart
         assert job.job_spec.service_account == "me@my-project"
         machine = {"machine_type": "a3-highgpu-8g", "accelerator_type": "NVIDIA_H100_80GB", "accelerator_count": 8}
-        given = [{"name": name, "value": value} for name, value in GPU_ENVIRONMENT.items()]
-        assert [(variable.name, variable.value) for variable in pool.container_spec.env] == list(GPU_ENVIRONMENT.items())
+        variables = parse_slice("h100:8").container_environment
+        given = [{"name": name, "value": value} for name, value in variables.items()]
+        assert [(variable.name, variable.value) for variable in pool.container_spec.env] == list(variables.items())
         container = {"image_uri": "registry/image:1", "command": words, "env": given}
         pools.append([{"machine_spec": machine, "replica_count": 1, "container_spec": container}])
     assert printed == "".join(json.dumps(pool, indent=1) + "\n" for pool in pools)
@@ -141,6 +142,8 @@ def test_a_conversion_on_vertex_takes_no_gpu(requests):
             [*TRAIN, "--workdir", "runs/here"],
             "what a machine of Vertex AI writes to its disk is lost",
         ),
+        (VERTEX, [*TRAIN, "--export_hf=runs/it"], "--export_hf runs/it: what a machine of Vertex AI writes to its disk is lost"),
+        (VERTEX, ["convert", "Qwen/Qwen3.5-4B", "there"], "DST there: what a machine of Vertex AI"),
         (VERTEX, ["sample", "--mesh", "4x1"], "mesh 4x1 has 4 devices"),
         ({"sweep": ["config.seed"]}, TRAIN, "write FLAG=VALUE,VALUE"),
     ],
