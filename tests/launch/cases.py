@@ -1,11 +1,13 @@
 """What each launcher would start, for each job: the dry runs that tests/launch/golden holds. `python -m tests.launch.cases`
-writes them anew."""
+writes them anew, those of launch.xm where XManager is installed."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.forked import ROOT, run_all
@@ -45,6 +47,23 @@ def script_cases() -> dict[str, list[str]]:
     return cases
 
 
+def xm_cases() -> dict[str, list[str]]:
+    """Arguments of `python -m launch.xm` by golden file: on this machine, a sweep of two jobs of training; and on Vertex AI."""
+    cases = {}
+    vertex = ["--executor", "vertex", "--slice", "h100:8", "--image", "registry/image:1", "--project", "p", "--bucket", "b"]
+    for job, words in jobs("2x4").items():
+        sweep = ["--sweep", "config.seed=0,1"] if job == "train" else []
+        cases[f"xm_local_{job}.txt"] = ["--dry_run", *sweep, "--", *words]
+        cases[f"xm_vertex_{job}.txt"] = ["--dry_run", *vertex, "--", *words]
+    return cases
+
+
+def xm_outputs(home: str) -> dict[str, str]:
+    """XManager keeps what it knows under `home`."""
+    done = run_all("launch.xm", list(xm_cases().values()), ROOT, JAX_PLATFORMS="cpu", HOME=home)
+    return {name: _text(result) for name, result in zip(xm_cases(), done, strict=True)}
+
+
 def gke_outputs() -> dict[str, str]:
     done = run_all("launch.gke.__main__", list(gke_cases().values()), ROOT, JAX_PLATFORMS="cpu")
     return {name: _text(result) for name, result in zip(gke_cases(), done, strict=True)}
@@ -61,5 +80,9 @@ def _text(done: subprocess.CompletedProcess) -> str:
 
 
 if __name__ == "__main__":
-    for name, text in (gke_outputs() | {name: script_output(words) for name, words in script_cases().items()}).items():
+    outputs = gke_outputs() | {name: script_output(words) for name, words in script_cases().items()}
+    if importlib.util.find_spec("xmanager"):
+        with tempfile.TemporaryDirectory() as home:
+            outputs |= xm_outputs(home)
+    for name, text in outputs.items():
         (GOLDEN / name).write_text(text)

@@ -11,7 +11,7 @@ import pytest
 
 from qwen35_jax.errors import UserError
 from tests.forked import FAST, ROOT
-from tests.launch.cases import DATA
+from tests.launch.cases import DATA, GOLDEN, xm_cases, xm_outputs
 
 pytest.importorskip("xmanager")
 
@@ -30,6 +30,16 @@ def start(home, *arguments: str) -> subprocess.CompletedProcess:
     words = [sys.executable, "-W", "ignore", "-m", "launch.xm", *arguments]
     environment = os.environ | FAST | {"HOME": str(home)}
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@pytest.fixture(scope="module")
+def dry_runs(tmp_path_factory):
+    return xm_outputs(str(tmp_path_factory.mktemp("home")))
+
+
+@pytest.mark.parametrize("name", xm_cases())
+def test_dry_runs(dry_runs, name):
+    assert dry_runs[name] == (GOLDEN / name).read_text()
 
 
 def test_a_local_launch_really_runs_sample(tmp_path):
