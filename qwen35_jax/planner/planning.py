@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+from qwen35_jax.errors import UserError
 from qwen35_jax.planner.compiled import FULL, Compiled, compile_job
 from qwen35_jax.planner.jobs import Job
 from qwen35_jax.planner.search import Candidate, candidates, check_size, estimate, rank
-from qwen35_jax.planner.topologies import MAX_DEVICES, Topology
+from qwen35_jax.planner.topologies import Topology, larger
 
 DOUBLINGS = 7  # of chips, that are tried before the planner says that more of them do not help
 
@@ -59,41 +60,39 @@ def make_plan(job: Job, topology: Topology, mesh: str | None = None, count: int 
         ranked = [estimate(job, mesh, topology)]
     compiled = {c.mesh: compile_job(job, c.mesh, topology) for c in ranked[:count]}
     plan = Plan(job, topology, ranked, compiled, [])
-    return plan if plan.fits else dataclasses.replace(plan, advice=list(_advice(job, topology)))
+    return plan if plan.fits else dataclasses.replace(plan, advice=list(_advice(plan, mesh)))
 
 
-def _advice(job: Job, topology: Topology) -> Iterator[str]:
-    """What would fit, by estimate."""
-    if job.weights == "bf16" and not job.training and _holds(job.replace(weights="fp8"), topology):
+def _advice(plan: Plan, mesh: str | None) -> Iterator[str]:
+    """What would fit, by estimate: another mesh than those that do not, then less on `mesh` (None: any), then more chips."""
+    job, topology = plan.job, plan.topology
+    tried = set(plan.compiled) | ({mesh} if mesh else set())
+    others = [c.mesh for c in rank(job, topology) if c.fits and c.mesh not in tried]
+    if others:
+        yield f"--mesh {others[0]}" + ("" if mesh else f" (or --compile {len(tried) + 1})")
+    if job.weights == "bf16" and not job.training and _holds(job.replace(weights="fp8"), topology, mesh):
         yield "--weights fp8"
     for name in ("batch", "context"):
         size, least = getattr(job, name), max(2, 2 * job.image_tokens if name == "context" else 0)
         while size >= least:
             size //= 2
-            if _holds(job.replace(**{name: size}), topology):
+            if _holds(job.replace(**{name: size}), topology, mesh):
                 yield f"--{name} {size}"
                 break
-    larger = topology
-    for _ in range(DOUBLINGS):
-        larger = _doubled(larger)
-        if larger.size <= MAX_DEVICES and _holds(job, larger):
-            yield f"--topology {larger}"
+    for more in larger(topology, DOUBLINGS):
+        if _holds(job, more, None):
+            yield f"--topology {more}" + (" without --mesh" if mesh else "")
             return
 
 
-def _holds(job: Job, topology: Topology) -> bool:
-    return any(c.fits for c in candidates(job, topology))
-
-
-def _doubled(topology: Topology) -> Topology:
-    """Twice as many chips: of TPUs the shortest side doubled, of GPUs the nodes (after a node is full)."""
-    shape = list(topology.shape)
-    if topology.platform == "cuda":
-        side = 1 if shape[1] < 8 else 0
-    else:
-        side = max(i for i, n in enumerate(shape) if n == min(shape))
-    shape[side] *= 2
-    return dataclasses.replace(topology, shape=tuple(sorted(shape) if topology.platform == "tpu" else shape))
+def _holds(job: Job, topology: Topology, mesh: str | None) -> bool:
+    """Whether the mesh, or where it is None some mesh, holds the job by estimate."""
+    if mesh is None:
+        return any(c.fits for c in candidates(job, topology))
+    try:
+        return estimate(job, mesh, topology).fits
+    except UserError:  # which spreads no such batch
+        return False
 
 
 def _times(r: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import re
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
@@ -37,7 +38,8 @@ class Chip:
 
     A chip of tpu7x is two devices, and the figures here are half of its own. `link` is what one device sends over one
     link to a neighbour of the torus, `links` their number; of a GPU, over NVLink to all others of its node together.
-    `network` is what a device sends to other nodes. The chips stand in a grid of `dimensions`; `name` is JAX's device_kind.
+    `network` is what a device sends to other nodes. The chips stand in a grid of `dimensions`; `name` is JAX's device_kind;
+    `largest` is the number of chips of the largest slice, 0 where there is none such.
     """
 
     platform: str
@@ -51,15 +53,16 @@ class Chip:
     dimensions: int
     name: str
     devices: int = 1
+    largest: int = 0
 
 
 # https://docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x; NVIDIA's data sheets of H100 SXM and H200 (dense rates),
 # NVLink 4 of 900 GB/s both ways, a network card of 400 Gb/s beside each GPU.
 CHIPS = {
-    "v5e": Chip("tpu", 16 * GIB, 819e9, 197e12, 197e12, 50e9, 4, 3.1e9, 2, "TPU v5 lite"),
-    "v5p": Chip("tpu", 95 * GIB, 2765e9, 459e12, 459e12, 100e9, 6, 6.25e9, 3, "TPU v5"),
-    "v6e": Chip("tpu", 32 * GIB, 1638e9, 918e12, 918e12, 100e9, 4, 12.5e9, 2, "TPU v6 lite"),
-    "tpu7x": Chip("tpu", 96 * GIB, 3690e9, 1153.5e12, 2307e12, 50e9, 6, 6.25e9, 3, "TPU7x", devices=2),
+    "v5e": Chip("tpu", 16 * GIB, 819e9, 197e12, 197e12, 50e9, 4, 3.1e9, 2, "TPU v5 lite", largest=256),
+    "v5p": Chip("tpu", 95 * GIB, 2765e9, 459e12, 459e12, 100e9, 6, 6.25e9, 3, "TPU v5", largest=6144),
+    "v6e": Chip("tpu", 32 * GIB, 1638e9, 918e12, 918e12, 100e9, 4, 12.5e9, 2, "TPU v6 lite", largest=256),
+    "tpu7x": Chip("tpu", 96 * GIB, 3690e9, 1153.5e12, 2307e12, 50e9, 6, 6.25e9, 3, "TPU7x", devices=2, largest=9216),
     "h100": Chip("cuda", 80 * 10**9, 3352.32e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1, "NVIDIA H100 80GB HBM3"),
     "h200": Chip("cuda", 141 * 10**9, 4800e9, 989.4e12, 1978.9e12, 450e9, 1, 50e9, 1, "NVIDIA H200 141GB HBM3e"),
 }
@@ -119,6 +122,33 @@ def parse_topology(text: str) -> Topology:
     if topology.size > MAX_DEVICES:
         raise UserError(f"topology {text!r} has {topology.size} devices; at most {MAX_DEVICES} are planned for")
     return topology
+
+
+def larger(topology: Topology, doublings: int) -> Iterator[Topology]:
+    """Slices that can be had with more chips, by about twice as many each, at most so often doubled. GPUs: of a node first."""
+    shape = topology.shape
+    for _ in range(doublings):
+        shape = _next_gpus(shape) if topology.platform == "cuda" else _next_slice(shape)
+        bigger = dataclasses.replace(topology, shape=shape)
+        if bigger.size > MAX_DEVICES or (topology.chip.largest and bigger.chips > topology.chip.largest):
+            return
+        yield bigger
+
+
+def _next_gpus(shape: tuple[int, ...]) -> tuple[int, ...]:
+    nodes, gpus = shape
+    return (nodes, min(8, 2 * gpus)) if gpus < 8 else (2 * nodes, gpus)
+
+
+def _next_slice(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The next of 1x1, 2x2, 2x4, 4x4, 4x8, …, or of 2x2x1, 2x2x2, 2x2x4, 2x4x4, 4x4x4, 4x4x8, …: twice as many chips, where
+    `shape` is one of them."""
+    found = (1, 1) if len(shape) == 2 else (2, 2, 1)
+    while math.prod(found) <= math.prod(shape):
+        side = max(i for i, n in enumerate(found) if n == min(found))
+        doubled = [2 * n if i == side else n for i, n in enumerate(found)]
+        found = (2, 2) if doubled == [1, 2] else tuple(sorted(doubled))
+    return found
 
 
 def prepare_process(platform: str) -> None:

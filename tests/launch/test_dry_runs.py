@@ -15,7 +15,7 @@ from launch.job import make_job
 from launch.machines import parse_slice
 from launch.training import check_cuts
 from qwen35_jax.errors import UserError
-from qwen35_jax.planner.topologies import parse_topology, stand_ins
+from qwen35_jax.planner.topologies import larger, parse_topology, stand_ins
 from qwen35_jax.train.config import default_config
 from qwen35_jax.train.run import find_origin, make_run
 from tests.forked import ROOT
@@ -150,6 +150,13 @@ def test_what_is_written_must_outlive_the_machines(words, lost):
 )
 def test_how_tpu_vms_are_asked_for(text, flags):
     assert parse_slice(text).tpu_vm == flags
+
+
+@pytest.mark.parametrize("text", ["v5e:1x1", "v6e:1x1", "v5p:2x2x1", "tpu7x:2x2x1", "h100:8"])
+def test_what_the_planner_advises_can_be_had(text):
+    """All larger slices that it names, up to the largest of its kind."""
+    found = [str(topology) for topology in larger(parse_topology(text), 20)]
+    assert len(found) >= 7 and [parse_slice(each).topology for each in found] == [each.partition(":")[2] for each in found]
 
 
 @pytest.mark.parametrize(

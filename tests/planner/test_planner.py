@@ -16,12 +16,13 @@ from qwen35_jax.generate.generation import Generation, Request
 from qwen35_jax.model import parameter_counts
 from qwen35_jax.ops.forms import KERNEL_CHOICES
 from qwen35_jax.ops.moe.choice import all_to_all_bytes
-from qwen35_jax.planner import links
+from qwen35_jax.planner import links, planning
+from qwen35_jax.planner.compiled import Compiled, Memory
 from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
 from qwen35_jax.planner.planning import make_plan
 from qwen35_jax.planner.roofline import expected_transfers, make_roofline, one_pass
 from qwen35_jax.planner.search import estimate, meshes, rank
-from qwen35_jax.planner.topologies import CHIPS, GIB, parse_topology, stand_ins
+from qwen35_jax.planner.topologies import CHIPS, GIB, larger, parse_topology, stand_ins
 from qwen35_jax.sharding import make_mesh, parse_mesh
 
 PODS = {"v5p:4x4x4": 64, "v6e:8x8": 64, "tpu7x:2x2x4": 32, "h100:8": 8, "h200:8": 8, "h100:2x8": 16, "v5e:16x16": 256}
@@ -291,6 +292,51 @@ def test_what_does_not_fit_says_what_would():
     batch = next(int(text.split()[1]) for text in advice if text.startswith("--batch"))
     assert make_plan(crowded.replace(batch=batch), topology, count=0).fits
     assert not make_plan(crowded.replace(batch=2 * batch), topology, count=0).fits
+
+
+def test_a_mesh_that_does_not_fit_says_which_would():
+    """And what the mesh itself would hold, each of which it does."""
+    job, topology = Job("397b-a17b", "decode", "fp8", batch=64, context=32768), parse_topology("h100:8")
+    plan = make_plan(job, topology, "1x8", count=0)
+    assert not plan.fits
+    assert plan.advice == ["--mesh 4x2", "--batch 32", "--context 16384", "--topology h100:2x8 without --mesh"]
+    assert make_plan(job, topology, "4x2", count=0).fits and make_plan(job, parse_topology("h100:2x8"), count=0).fits
+    for changes in ({"batch": 32}, {"context": 16384}):
+        assert make_plan(job.replace(**changes), topology, "1x8", count=0).fits
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_what_is_compiled_and_does_not_fit_has_the_next_mesh_tried(monkeypatch, count):
+    """As where temporaries come out larger than they were estimated."""
+    job, topology = Job("0.8b", "decode", batch=8), parse_topology("v5p:2x2x1")
+    order = [c.mesh for c in rank(job, topology)]
+    memory = Memory(0, 0, 0, 0, 2 * topology.hbm, 0, 0)
+    monkeypatch.setattr(planning, "compile_job", lambda *_: [Compiled("decode", memory, [], None, 0.0, 0.0)])
+    plan = make_plan(job, topology, count=count)
+    assert not plan.fits and plan.advice[0] == f"--mesh {order[count]} (or --compile {count + 1})"
+    named = make_plan(job, topology, order[1], count=1)
+    assert not named.fits and named.advice[0] == f"--mesh {order[0]}"
+
+
+@pytest.mark.parametrize(
+    ("text", "following"),
+    [
+        ("v5e:1x1", ["2x2", "2x4", "4x4"]),
+        ("v5e:8x16", ["16x16"]),
+        ("v6e:16x16", []),
+        ("v6e:3x3", ["4x4", "4x8", "8x8"]),
+        ("v5p:2x2x1", ["2x2x2", "2x2x4", "2x4x4"]),
+        ("v5p:8x16x16", ["16x16x16"]),
+        ("tpu7x:8x16x16", ["16x16x16", "16x16x32"]),
+        ("h100:1", ["2", "4", "8"]),
+        ("h100:5", ["8", "2x8", "4x8"]),
+        ("h200:2x8", ["4x8", "8x8", "16x8"]),
+    ],
+)
+def test_larger_slices_are_such_as_there_are(text, following):
+    found = [str(topology) for topology in larger(parse_topology(text), 3)]
+    assert found == [f"{text.partition(':')[0]}:{shape}" for shape in following]
+    assert all(str(parse_topology(each)) == each for each in found)
 
 
 @pytest.mark.parametrize(("text", "gathered"), [("v5p:8x8x8", False), ("h100:64x8", True)])
