@@ -43,12 +43,14 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """`count` collectives of one kind, group and size in one call of the step; in a decode step, of one token."""
+    """`count` collectives of one kind, group and size in one call of the step; in a decode step, of one token. Of ragged ones
+    `filled` is the part of the bytes that is moved if routing is even."""
 
     kind: str
     bytes: int
     group: int
     count: int
+    filled: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,7 @@ def _compile(placed: Placed, step: Step, topology: Topology) -> Compiled:
     compiled = lowered.compile(QUICK if step.name == "train" and topology.platform == "tpu" else None)
     compiling = time.perf_counter() - begin - lowering
     found = count_collectives(compiled.as_text())
-    transfers = [Transfer(c.kind, c.bytes, links.axes_of(mesh, topology, c.group), c.count) for c in found]
+    transfers = [Transfer(c.kind, c.bytes * c.filled, links.axes_of(mesh, topology, c.group), c.count) for c in found]
     roofline = make_roofline(placed, step.name, topology, transfers)
     return Compiled(step.name, account(step, compiled), found, roofline, lowering, compiling)
 
@@ -109,7 +111,7 @@ def count_collectives(text: str) -> list[Collectives]:
     """Those of the optimised HLO, with the trips of the loops around them, the largest traffic first."""
     runs, totals = hlo.runs(text), {}
     for c in hlo.collectives(text):
-        key = (c.kind, c.bytes, c.group)
+        key = (c.kind, c.bytes, c.group, c.filled)
         totals[key] = totals.get(key, 0) + runs.get(c.computation, 1)
-    found = [Collectives(*key, count) for key, count in totals.items()]
-    return sorted(found, key=lambda c: -c.bytes * c.count)
+    found = [Collectives(*key, count, filled) for (*key, filled), count in totals.items()]
+    return sorted(found, key=lambda c: -c.bytes * c.filled * c.count)

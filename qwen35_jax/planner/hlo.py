@@ -37,6 +37,10 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # The condition of a loop that counts from 0, where the compiler does not write down how often: `i < constant`.
 _CONSTANT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r"^\s*ROOT %?[\w.\-]+ = pred\[\]\S* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
+# The loop over the passes of ops.moe.all_to_all, and what is in it: the rows from a device to a device if routing is even, and
+# those of a pass at most. It ends when all rows are sent, so the compiler knows no number of trips.
+_PASSES = re.compile(r'op_name="[^"]*\brows_(\d+)_by_(\d+)/while"')
+_IN_PASSES = re.compile(r'op_name="[^"]*\brows_(\d+)_by_(\d+)/while/')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Collective:
     """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
     reduce-scatter takes; of several arrays in one instruction the largest, an element of which has `bits`. `group` is the
     number of devices that talk to each other, 0 where HLO does not say (permutes); `computation` the function in which it
-    stands; `joined` whether the compiler made it of several, whose arrays it lays end to end."""
+    stands; `joined` whether the compiler made it of several, whose arrays it lays end to end. `filled`: the part of a ragged
+    one's array that is moved if routing is even."""
 
     kind: str
     bytes: int
@@ -53,6 +58,7 @@ class Collective:
     computation: str
     joined: bool
     line: str
+    filled: float = 1.0
 
 
 def _bits(dtype: str) -> int:
@@ -98,8 +104,19 @@ def collectives(hlo: str) -> list[Collective]:
             first = first_seen.setdefault(key, computation)
             if first == computation or not _FUSED.search(computation):
                 joined = bool(_JOINED.search(line))
-                found.append(Collective(kind, size, bits, group, computation, joined, line.strip()))
+                filled = _filled(line) if kind == "ragged-all-to-all" else 1.0
+                found.append(Collective(kind, size, bits, group, computation, joined, line.strip(), filled))
     return found
+
+
+def _filled(line: str) -> float:
+    match = _IN_PASSES.search(line)
+    return int(match.group(1)) / (_passes(match) * int(match.group(2))) if match else 1.0
+
+
+def _passes(match: re.Match) -> int:
+    rows, capacity = (int(n) for n in match.groups())
+    return max(1, -(-rows // capacity))
 
 
 def counts(hlo: str, min_bytes: int = 0) -> dict[str, int]:
@@ -107,9 +124,20 @@ def counts(hlo: str, min_bytes: int = 0) -> dict[str, int]:
     return dict(collections.Counter(c.kind for c in collectives(hlo) if c.bytes >= min_bytes))
 
 
+def _trips(line: str) -> int | str:
+    """Of the loop in this line, or the name of the condition that may say it."""
+    if known := _TRIPS.search(line):
+        return int(known.group(1))
+    if match := _PASSES.search(line):
+        return _passes(match)
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    return condition.group(1) if condition else 1
+
+
 def runs(hlo: str) -> dict[str, int]:
     """How often each computation of `compiled.as_text()` runs in one call of the program: 1, times the trips of the loops
-    around it. A loop whose trips are not known, as one that ends when a condition comes true, counts as one trip."""
+    around it. The passes of experts by all-to-all are as many as even routing takes; another loop whose trips are not known, as
+    one that ends when a condition comes true, counts as one trip."""
     callers, limits, computation = collections.defaultdict(list), {}, ""
     constants: dict[str, int] = {}
     for line in hlo.splitlines():
@@ -120,9 +148,7 @@ def runs(hlo: str) -> dict[str, int]:
         elif (match := _COMPARE.match(line)) and match.group(1) in constants:
             limits[computation] = constants[match.group(1)]
         for attribute, names in _CALLED.findall(line):
-            known = _TRIPS.search(line)
-            condition = re.search(r"condition=%?([\w.\-]+)", line) if attribute == "body" else None
-            trips = (int(known.group(1)) if known else condition.group(1)) if condition else 1
+            trips = _trips(line) if attribute == "body" else 1
             for name in _NAME.findall(names):
                 callers[name].append((computation, trips))
 

@@ -50,11 +50,11 @@ def bandwidth(mesh: Mesh, topology: Topology, axes: tuple[str, ...]) -> float:
     return links * chip.link
 
 
-def seconds(kind: str, size: float, group: int, rate: float) -> float:
-    """The least time of a collective of `size` bytes (as `hlo.Collective` counts them) over `group` devices."""
+def taken_in(kind: str, size: float, group: int) -> float:
+    """Bytes that a device takes in for a collective of `size` bytes (as `hlo.Collective` counts them) over `group` devices."""
     if kind == "collective-permute" or group == 0:
-        return size / rate
-    return FACTORS.get(kind, 1.0) * size * (group - 1) / group / rate
+        return size
+    return FACTORS.get(kind, 1.0) * size * (group - 1) / group
 
 
 def axes_of(mesh: Mesh, topology: Topology, group: int) -> tuple[str, ...]:

@@ -97,6 +97,7 @@ def _holds(job: Job, topology: Topology, mesh: str | None) -> bool:
 
 def _times(r: Any) -> dict[str, Any]:
     derived = {"seconds": r.seconds, "bound": r.bound, "tokens_per_second": r.tokens_per_second}
+    derived["interconnect_seconds"] = r.interconnect_seconds
     return dataclasses.asdict(r) | derived
 
 

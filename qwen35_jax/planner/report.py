@@ -76,7 +76,8 @@ def _compiled(step: Compiled, topology: Topology) -> Iterator[str]:
     )
     yield f"  collectives in {'one token' if step.name == 'decode' else 'one call'}:"
     for c in step.collectives[:SHOWN_COLLECTIVES]:
-        yield f"    {c.count:>5} x {c.kind:<18}{c.bytes / MIB:>12.3f} MiB over {c.group or 'pairs of'} devices"
+        filled = f", {c.filled:.0%} filled" if c.filled < 1 else ""
+        yield f"    {c.count:>5} x {c.kind:<18}{c.bytes / MIB:>12.3f} MiB over {c.group or 'pairs of'} devices{filled}"
     if rest := step.collectives[SHOWN_COLLECTIVES:]:
         yield f"    and {sum(c.count for c in rest)} more, {sum(c.count * c.bytes for c in rest) / MIB:.3f} MiB together"
     yield from roofline_lines(step.roofline, topology)
@@ -87,10 +88,12 @@ def roofline_lines(r: Roofline, topology: Topology) -> Iterator[str]:
     """The three times of a device, and what they bound."""
     rate, total = r.operations / r.compute_seconds, sum(r.memory.values())
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in r.memory.items())
+    received = sum(size for size, _ in r.interconnect.values())
+    links = ", ".join(f"{axes} {size / 1e9:.2f} at {rate / 1e9:.0f} GB/s" for axes, (size, rate) in r.interconnect.items())
     notes = {
         "compute": f"{r.operations / 1e12:.3f} Tflop at {rate / 1e12:.0f} Tflop/s",
         "memory": f"{total / 1e9:.2f} GB at {topology.chip.hbm_bandwidth / 1e9:.0f} GB/s: {parts}",
-        "interconnect": "",
+        "interconnect": f"{received / 1e9:.2f} GB in, over {links}" if links else "one device: nothing to send",
     }
     for name, note in notes.items():
         yield f"  {name:<20}{seconds(getattr(r, f'{name}_seconds')):>12}  {note}".rstrip()

@@ -19,8 +19,10 @@ from qwen35_jax.sharding import Sharding
 ASSUMPTIONS = (
     "rates are those of the data sheets; compute, memory and interconnect run beside each other, so the slowest is the bound",
     "no latency: a collective costs its bytes alone, a kernel nothing to start",
+    "interconnect: a device takes in (n - 1)/n of an array over n devices, of an all-reduce twice, over all its links to them",
     "memory: each weight and each part of the state is read once a pass, each product's input and output once",
     "experts: even routing, so tokens of the group reach 1 - (1 - k/E)^tokens of them; weights of the others are not read",
+    "experts by all-to-all: as many passes, and of their buffers so much filled, as even routing takes",
     "decode: the cache is full and read whole; prefill and training: causal attention does half of all scores",
     "training: forward, forward again (remat full) and a backward pass of twice its operations",
     "cut sequences: every shard does as much as the mean, though in training the last one attends to twice that",
@@ -41,14 +43,20 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """One step on one device: operations, bytes of memory by what they are, and the times in seconds."""
+    """One step on one device: operations, bytes of memory by what they are, and the times in seconds. interconnect: {mesh axes:
+    (bytes that the device takes in over them, bytes a second at which it can)}."""
 
     operations: float
     memory: dict[str, float]
     compute_seconds: float
     memory_seconds: float
-    interconnect_seconds: float
+    interconnect: dict[str, tuple[float, float]]
     tokens: int  # of the whole step, over all devices
+
+    @property
+    def interconnect_seconds(self) -> float:
+        """One collective after the other."""
+        return sum(size / rate for size, rate in self.interconnect.values())
 
     @property
     def seconds(self) -> float:
@@ -128,15 +136,18 @@ def make_roofline(placed: Placed, step: str, topology: Topology, transfers: list
         memory,
         operations / rate,
         sum(memory.values()) / chip.hbm_bandwidth,
-        one.count * sum(transfer_seconds(t, mesh, topology) for t in transfers),
+        interconnect(transfers, one.count, mesh, topology),
         job.batch * (1 if step == "decode" else job.context),
     )
 
 
-def transfer_seconds(t: Transfer, mesh: Any, topology: Topology) -> float:
-    """All of a Transfer's collectives, one after the other."""
-    group = math.prod(mesh.shape[a] for a in t.axes)
-    return t.count * links.seconds(t.kind, t.bytes, group, links.bandwidth(mesh, topology, t.axes))
+def interconnect(transfers: list[Transfer], calls: int, mesh: Any, topology: Topology) -> dict[str, tuple[float, float]]:
+    """What all calls take in, by the mesh axes over which: (bytes, bytes a second)."""
+    sizes: dict[tuple[str, ...], float] = {}
+    for t in transfers:
+        group = math.prod(mesh.shape[a] for a in t.axes)
+        sizes[t.axes] = sizes.get(t.axes, 0.0) + calls * t.count * links.taken_in(t.kind, t.bytes, group)
+    return {" and ".join(axes): (size, links.bandwidth(mesh, topology, axes)) for axes, size in sizes.items()}
 
 
 def one_pass(placed: Placed, step: str) -> Pass:
@@ -342,6 +353,6 @@ def _vision_roofline(placed: Placed, topology: Topology, transfers: list[Transfe
         memory,
         operations / topology.chip.bf16,
         sum(memory.values()) / topology.chip.hbm_bandwidth,
-        calls * sum(transfer_seconds(t, placed.sharding.mesh, topology) for t in transfers),
+        interconnect(transfers, calls, placed.sharding.mesh, topology),
         placed.job.batch * placed.job.image_tokens,
     )

@@ -157,6 +157,8 @@ def prepare_process(platform: str) -> None:
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", SETTINGS["JAX_PLATFORMS"])
+    # Where compiled programs are cached, one that differs in names alone is another: planner.hlo reads the names of loops.
+    jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if platform == "cuda":
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"{given} {GPU_SETTINGS['XLA_FLAGS']}"

@@ -28,6 +28,7 @@ from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.ops.moe import EXPERT_AXES, Routing, moe_apply
 from qwen35_jax.planner import hlo
+from qwen35_jax.planner.compiled import count_collectives
 from qwen35_jax.planner.topologies import GPU_SETTINGS, SETTINGS
 from qwen35_jax.program import Program, abstract_array
 from qwen35_jax.sharding import Sharding, make_mesh
@@ -122,8 +123,8 @@ def _training(case: Case) -> Program:
 
 
 def compile_case(case: Case) -> dict:
-    """Seconds, bytes per device and collectives [kind, bytes, bits an element, joined] of the compiled step, and the sizes
-    of the model that they follow from."""
+    """Seconds, bytes per device and collectives [kind, bytes, bits an element, joined] of the compiled step, the bytes of rows
+    that go to their experts and back if routing is even, and the sizes of the model that they follow from."""
     config, start = _config(case), time.perf_counter()
     lowered = make_program(case).lower()
     lowering = time.perf_counter() - start
@@ -140,6 +141,7 @@ def compile_case(case: Case) -> dict:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
+        "ragged_bytes": sum(c.bytes * c.filled * c.count for c in count_collectives(text) if c.kind == "ragged-all-to-all"),
         "collectives": [[c.kind, c.bytes, c.bits, c.joined] for c in hlo.collectives(text)],
     }
 

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.planner import hlo
+from qwen35_jax.planner.compiled import count_collectives
 
 
 def _mesh():
@@ -117,6 +118,33 @@ def test_trips_of_loops_multiply():
     runs = hlo.runs(text)
     found = {c.group: runs[c.computation] for c in hlo.collectives(text)}
     assert found == {2: 3, 4: 15, 8: 1}
+
+
+def test_passes_of_experts_by_all_to_all():
+    """1,024 rows in passes of at most 117 are nine, in each of three layers; a loop in a pass whose trips nobody knows is one."""
+    scope = "jit(step)/jvp()/while/body/shard_map/rows_1024_by_117/while"
+    text = f"""
+%body.3 (p: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0}} all-reduce(%x), channel_id=1, replica_groups=[1,2]<=[2], metadata={{op_name="{scope}/body/while/body/psum"}}
+}}
+%body.2 (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %r = bf16[7488,4]{{1,0}} ragged-all-to-all(%p, %q), replica_groups=[1,64]<=[64], metadata={{op_name="{scope}/body/r"}}
+  %w = (s32[], f32[8]{{0}}) while(%t), condition=%cond.3, body=%body.3, metadata={{op_name="{scope}/body/while"}}
+}}
+%body.1 (p: f32[8]) -> f32[8] {{
+  %n = s32[64]{{0}} all-to-all(%p), channel_id=2, replica_groups=[1,64]<=[64]
+  %w = (s32[], f32[8]{{0}}) while(%t), condition=%cond.2, body=%body.2, metadata={{op_name="{scope}" stack_frame_id=30}}
+}}
+ENTRY %main (p: f32[8]) -> f32[8] {{
+  ROOT %v = f32[8]{{0}} while(%p), condition=%cond.1, body=%body.1, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+"""
+    found = {c.kind: (c.count, c.bytes, c.filled) for c in count_collectives(text)}
+    assert found == {
+        "ragged-all-to-all": (27, 7488 * 4 * 2, 1024 / (9 * 117)),
+        "all-reduce": (27, 32, 1.0),
+        "all-to-all": (3, 256, 1.0),
+    }
 
 
 def test_trips_that_the_tpu_compiler_leaves_in_the_condition():

@@ -236,10 +236,10 @@ def test_yarn_makes_a_model_take_more():
     assert make_plan(job, parse_topology("v5p:2x2x2"), "8x1", count=0).fits
 
 
-def test_times_of_collectives():
-    assert links.seconds("all-gather", 8e9, 8, 1e9) == pytest.approx(7)
-    assert links.seconds("all-reduce", 8e9, 8, 1e9) == pytest.approx(14)
-    assert links.seconds("collective-permute", 8e9, 0, 1e9) == pytest.approx(8)
+def test_what_a_device_takes_in():
+    assert links.taken_in("all-gather", 8e9, 8) == pytest.approx(7e9)
+    assert links.taken_in("all-reduce", 8e9, 8) == pytest.approx(14e9)
+    assert links.taken_in("collective-permute", 8e9, 0) == pytest.approx(8e9)
 
 
 def test_weights_and_state_are_what_sample_reports():

@@ -42,11 +42,18 @@ class _Plan:
 
 @dataclasses.dataclass(frozen=True)
 class _Pass:
-    """What is static about a pass: rows from one device to another, and how experts multiply."""
+    """What is static about a pass: rows from one device to another, at most, and if routing is even in all passes together; and
+    how experts multiply."""
 
     capacity: int
+    even: int
     implementation: str | None
     fp8_activations: bool
+
+    @property
+    def scope(self) -> str:
+        """Name of the loop over the passes, from which the planner reads how many there are if routing is even."""
+        return f"rows_{self.even}_by_{self.capacity}"
 
     def window(self, i: jax.Array, plan: _Plan) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
         """Pass i: the assignments of its rows [P, C], which of these are there, the numbers of rows sent and received [P], and
@@ -81,23 +88,24 @@ def all_to_all_experts(
     tokens, ids, weights = (a.reshape(b * t, -1) for a in (x, routing.experts, routing.weights))
     peers, local = jax.lax.axis_size("data"), products.local_count(experts)
     columns = jax.lax.axis_size("model") if "model" in expert_axes else 1
-    capacity = _capacity(tokens, ids.shape[1], experts, peers, columns)
+    even = -(-ids.size // (peers * columns))
+    capacity = _capacity(tokens, ids.shape[1], experts, peers, even)
     column = jax.lax.axis_index("model") if columns > 1 else 0
     plan = _make_plan(ids, local, peers, columns, column, capacity)
-    out = _in_passes(_Pass(capacity, implementation, fp8_activations), plan, tokens, weights, experts)
+    out = _in_passes(_Pass(capacity, even, implementation, fp8_activations), plan, tokens, weights, experts)
     out = out.astype(x.dtype)
     if partial_axes:
         out = jax.lax.psum(out, partial_axes)
     return out.reshape(b, t, d)
 
 
-def _capacity(tokens: jax.Array, k: int, experts: dict, peers: int, columns: int) -> int:
-    """Rows of one pass from a device to a device. A pass has `peers` times as many, whose buffers stay below BUFFER_BYTES:
-    those of the products, and four more of the exchange (rows on their way there and back, at both ends)."""
+def _capacity(tokens: jax.Array, k: int, experts: dict, peers: int, even: int) -> int:
+    """Rows of one pass from a device to a device, of `even` in all passes if routing is even. A pass has `peers` times as many,
+    whose buffers stay below BUFFER_BYTES: those of the products, and four more of the exchange (rows on their way there and back,
+    at both ends)."""
     count, d = tokens.shape
     size = tokens.dtype.itemsize
     most = products.BUFFER_BYTES // ((products.row_bytes(experts, d, size) + 4 * d * size) * peers)
-    even = -(-count * k // (peers * columns))
     return max(1, min(most, max(SMALLEST, HEADROOM * even), count * min(k, products.local_count(experts))))
 
 
@@ -125,7 +133,8 @@ def _in_passes(step: _Pass, plan: _Plan, tokens: jax.Array, weights: jax.Array, 
         rows, weight = _taken(tokens, weights, assignment, there)
         return out.at[assignment // k].add(step.outputs(*sizes, rows, weight, experts))
 
-    return jax.lax.fori_loop(0, plan.passes, body, jnp.zeros(tokens.shape, jnp.float32))
+    with jax.named_scope(step.scope):
+        return jax.lax.fori_loop(0, plan.passes, body, jnp.zeros(tokens.shape, jnp.float32))
 
 
 def _taken(tokens, weights, assignment, there):
@@ -157,7 +166,8 @@ def _backward(step, residuals, gradient):
         return to_tokens, to_weights, jax.tree.map(lambda a, b: a + b.astype(jnp.float32), to_experts, more)
 
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (tokens, weights.reshape(-1), trained))
-    to_tokens, to_weights, to_experts = jax.lax.fori_loop(0, plan.passes, body, zeros)
+    with jax.named_scope(step.scope):
+        to_tokens, to_weights, to_experts = jax.lax.fori_loop(0, plan.passes, body, zeros)
     to_experts = jax.tree.map(lambda total, w: total.astype(w.dtype), to_experts, trained)
     to_experts = {name: to_experts.get(name) for name in experts}
     return None, to_tokens.astype(tokens.dtype), to_weights.reshape(weights.shape).astype(weights.dtype), to_experts
