@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> None:
     """Flags to one call, and the printing of what comes."""
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}; see --help")
+    _refuse_unused_chunk()
     if ALL.value:
         _refuse_with_all()
         for line in table.lines(_job, COMPILE.value):
@@ -64,10 +65,24 @@ def main(arguments: list[str]) -> None:
         return
     if MODEL.value is None or TOPOLOGY.value is None:
         raise UserError("--model and --topology are needed (or --all); see --help")
+    if MESH.value is not None and COMPILE.value > 1:
+        raise UserError(f"--compile {COMPILE.value} is of the best meshes, and --mesh names one: leave one of them out")
     topology = parse_topology(TOPOLOGY.value)
     prepare_process(topology.platform)
     plan = make_plan(_job(MODEL.value, topology.size), topology, MESH.value, COMPILE.value)
     print(json.dumps(plan.as_json()) if JSON.value else "\n".join(report.lines(plan)))
+
+
+def _refuse_unused_chunk() -> None:
+    """UserError for --prefill_chunk where there is no prefill. A decode step's cache of cut sequences is laid out by it."""
+    if not flags.FLAGS["prefill_chunk"].present:
+        return
+    if WORKLOAD.value == "train":
+        raise UserError("--prefill_chunk is of prompts: leave it out with --workload train")
+    if WORKLOAD.value == "decode" and not CONTEXT_PARALLEL.value:
+        raise UserError(
+            "--prefill_chunk is of prompts: with --workload decode it matters for --context_parallel alone; leave it out"
+        )
 
 
 def _refuse_with_all() -> None:

@@ -17,11 +17,12 @@ def test_python_example():
 
 
 def test_flags_of_the_commands_exist():
-    lines = [line for line in README.splitlines() if re.search(r"-m qwen35_jax\.(sample|convert|train) ", line)]
-    assert len(lines) >= 12
+    lines = [line for line in README.splitlines() if re.search(r"-m qwen35_jax\.(sample|convert|train|plan) ", line)]
+    assert len(lines) >= 13
     for line in lines:
-        module = re.search(r"-m qwen35_jax\.(sample|convert|train)", line).group(1)
-        files = ["train/__main__.py" if module == "train" else f"{module}.py", *(["hosts.py"] if module != "convert" else [])]
+        module = re.search(r"-m qwen35_jax\.(sample|convert|train|plan)", line).group(1)
+        files = ["train/__main__.py" if module == "train" else f"{module}.py"]
+        files += ["hosts.py"] if module in ("sample", "train") else []
         source = "".join((Path(__file__).parents[1] / "qwen35_jax" / file).read_text(encoding="utf-8") for file in files)
         for flag in re.findall(r"--(\w+)", line.split(f"qwen35_jax.{module}", 1)[1]):
             defined = rf'DEFINE_\w+\(\s*"{flag}"'

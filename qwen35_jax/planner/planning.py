@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import jax
+
 from qwen35_jax.errors import UserError
 from qwen35_jax.planner.compiled import FULL, Compiled, compile_job
 from qwen35_jax.planner.jobs import Job
@@ -38,10 +40,10 @@ class Plan:
         for c in self.candidates:
             times = {step: _times(r) for step, r in c.rooflines.items()}
             estimated = {"weights": c.weights, "state": c.state, "temporaries": c.temporaries, "fits": c.fits, "rooflines": times}
-            meshes.append({"mesh": c.mesh} | estimated)
+            meshes.append({"mesh": c.mesh} | estimated | {"forms": c.forms})
         compiled = {mesh: [_step(s, self.topology) for s in steps] for mesh, steps in self.compiled.items()}
         head = dataclasses.asdict(self.job) | {"topology": str(self.topology), "devices": self.topology.size}
-        head |= {"capacity": self.topology.hbm, "fits": self.fits, "advice": self.advice}
+        head |= {"capacity": self.topology.hbm, "fits": self.fits, "advice": self.advice, "jax": jax.__version__}
         return head | {"candidates": meshes, "compiled": compiled}
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
+import jax
+
 from qwen35_jax.planner.compiled import FULL, Compiled
 from qwen35_jax.planner.jobs import LAYOUT
 from qwen35_jax.planner.planning import Plan, fits
@@ -30,6 +32,8 @@ def lines(plan: Plan) -> Iterator[str]:
     yield ""
     yield "Meshes, one device, estimated from abstract arrays:"
     yield from _meshes(plan.candidates)
+    best = plan.candidates[0]
+    yield f"Op forms on {best.mesh}, jax {jax.__version__}: {', '.join(f'{op}={form}' for op, form in best.forms.items())}"
     for mesh, steps in plan.compiled.items():
         for step in steps:
             yield ""
@@ -74,7 +78,9 @@ def _compiled(step: Compiled, topology: Topology) -> Iterator[str]:
     yield f"  {'total':<20}{gib(step.memory.total):>12} of {capacity_text(topology)}, {part:.0%}: " + (
         "fits" if fits([step], topology) else "does not fit"
     )
-    yield f"  collectives in {'one token' if step.name == 'decode' else 'one call'}:"
+    calls = step.roofline.calls
+    which = "one token" if step.name == "decode" else "one call" if calls == 1 else f"one call of {calls}; the times are of all"
+    yield f"  collectives in {which}:"
     for c in step.collectives[:SHOWN_COLLECTIVES]:
         filled = f", {c.filled:.0%} filled" if c.filled < 1 else ""
         yield f"    {c.count:>5} x {c.kind:<18}{c.bytes / MIB:>12.3f} MiB over {c.group or 'pairs of'} devices{filled}"

@@ -52,6 +52,7 @@ class Roofline:
     memory_seconds: float
     interconnect: dict[str, tuple[float, float]]
     tokens: int  # of the whole step, over all devices
+    calls: int = 1  # of the program, which together are the step: all parts of a prompt, all images
 
     @property
     def interconnect_seconds(self) -> float:
@@ -106,10 +107,15 @@ class Pass:
         return self.tokens * (1 if self.repeated else self.placed.sharding.mesh.shape["data"])
 
     @property
+    def experts_form(self) -> str:
+        """gather or all_to_all: how tokens and experts meet, where there are experts."""
+        return "gather" if self.repeated else self.placed.model.moe_form(self.placed.slots * self.length)
+
+    @property
     def sent_rows(self) -> float:
         """Rows that a device sends to the experts of its column in a layer, if routing is even; 0 where tokens are gathered."""
         c, s = self.placed.config, self.placed.sharding
-        if not c.num_experts or self.repeated or self.placed.model.moe_form(self.placed.slots * self.length) == "gather":
+        if not c.num_experts or self.experts_form == "gather":
             return 0
         columns = s.model if "model" in s.expert_axes({"E": c.num_experts})[0] else 1
         return self.tokens * c.num_experts_per_tok / columns
@@ -138,6 +144,7 @@ def make_roofline(placed: Placed, step: str, topology: Topology, transfers: list
         sum(memory.values()) / chip.hbm_bandwidth,
         interconnect(transfers, one.count, mesh, topology),
         job.batch * (1 if step == "decode" else job.context),
+        one.count,
     )
 
 
@@ -355,4 +362,5 @@ def _vision_roofline(placed: Placed, topology: Topology, transfers: list[Transfe
         sum(memory.values()) / topology.chip.hbm_bandwidth,
         interconnect(transfers, calls, placed.sharding.mesh, topology),
         placed.job.batch * placed.job.image_tokens,
+        calls,
     )

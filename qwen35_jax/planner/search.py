@@ -19,7 +19,8 @@ from qwen35_jax.sharding import make_mesh, parse_mesh
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A mesh with estimates of one device: bytes of weights and state, counted; of temporaries, by the forms' large buffers."""
+    """A mesh with estimates of one device: bytes of weights and state, counted; of temporaries, by the forms' large buffers.
+    `forms`: {op: its form}, of `moe` where the model has experts that of each step."""
 
     mesh: str
     weights: int
@@ -27,6 +28,7 @@ class Candidate:
     temporaries: int
     rooflines: dict[str, Roofline]
     capacity: int
+    forms: dict[str, str]
 
     @property
     def total(self) -> int:
@@ -86,7 +88,17 @@ def estimate(job: Job, mesh: str, topology: Topology) -> Candidate:
     steps = ("vision", *steps) if job.image_tokens else steps
     rooflines = {step: make_roofline(placed, step, topology) for step in steps}
     temporaries = max(_temporaries(placed, step) for step in steps)
-    return Candidate(mesh, shard_bytes(placed.weights), shard_bytes(placed.state), temporaries, rooflines, topology.hbm)
+    kept = shard_bytes(placed.weights), shard_bytes(placed.state)
+    return Candidate(mesh, *kept, temporaries, rooflines, topology.hbm, _forms(placed, steps))
+
+
+def _forms(placed: Placed, steps: tuple[str, ...]) -> dict[str, str]:
+    forms = dataclasses.asdict(placed.model.forms)
+    if placed.config.num_experts:
+        experts = {step: one_pass(placed, step).experts_form for step in steps if step != "vision"}
+        same = len(set(experts.values())) == 1
+        forms["moe"] = ", ".join(dict.fromkeys(form if same else f"{form} ({step})" for step, form in experts.items()))
+    return forms
 
 
 def _temporaries(placed: Placed, step: str) -> int:

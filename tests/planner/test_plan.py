@@ -6,6 +6,7 @@ import importlib.util
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 from qwen35_jax.planner import table
@@ -34,6 +35,10 @@ WRONG = [
     (["--model", "9b", "--topology", "h100:8", "--workload", "train", "--mesh", "8x1", "--batch", "12"], "--batch 12"),
     (["--model", "9b", "--topology", "h100:8", "--workload", "serve"], "workload"),
     (["--model", "9b", "--topology", "h100:8", "--compile", "-1"], "compile"),
+    (["--model", "9b", "--topology", "h100:8", "--prefill_chunk", "2048"], "--prefill_chunk is of prompts"),
+    (["--model", "9b", "--topology", "h100:8", "--workload", "train", "--prefill_chunk", "64"], "--prefill_chunk is of prompts"),
+    (["--all", "--prefill_chunk", "64"], "--prefill_chunk is of prompts"),
+    (["--model", "9b", "--topology", "h100:8", "--mesh", "8x1", "--compile", "2"], "--mesh names one"),
     (["--all", "--model", "9b"], "leave --model out"),
     (["--all", "--json"], "leave --json out"),
     (["--all", "--moe", "gather"], "leave --moe out"),
@@ -51,6 +56,7 @@ def test_estimates_as_text(done):
     text = done[0].stdout
     assert done[0].returncode == 0 and "Fits (estimated)." in text, done[0].stderr
     first = next(line for line in text.splitlines() if line.startswith("  16x4"))
+    assert f"Op forms on 16x4, jax {jax.__version__}: gated_delta_rule=" in text
     assert "8.83 GiB" in first and "memory" in first and not done[0].stderr
 
 
@@ -60,6 +66,8 @@ def test_estimates_as_json(done):
     assert (plan["devices"], plan["capacity"], plan["fits"], plan["compiled"]) == (8, 80 * 10**9, True, {})
     assert candidate["mesh"] == "4x2" and set(candidate["rooflines"]) == {"prefill", "decode"}
     decode = candidate["rooflines"]["decode"]
+    assert (decode["calls"], candidate["rooflines"]["prefill"]["calls"], plan["jax"]) == (1, 16, jax.__version__)
+    assert candidate["forms"]["moe"] == "gather" and {"attention", "gated_delta_rule"} <= set(candidate["forms"])
     assert decode["tokens_per_second"] == pytest.approx(8 / decode["seconds"])
     assert decode["seconds"] == max(decode[f"{part}_seconds"] for part in ("compute", "memory", "interconnect"))
 
