@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from qwen35_jax.errors import UserError
 from qwen35_jax.planner import hlo, links
 from qwen35_jax.planner.jobs import Job, Placed, Step, make_steps, shard_bytes
 from qwen35_jax.planner.roofline import Roofline, Transfer, make_roofline
@@ -66,17 +67,22 @@ class Compiled:
 
 
 def compile_job(job: Job, mesh: str, topology: Topology) -> list[Compiled]:
-    """Compiles the job's programs for the topology. UserError for a mesh or a batch that cannot be."""
+    """Compiles the job's programs for the topology. UserError for a mesh or a batch that cannot be, and for what the compiler
+    refuses."""
     devices = topology_devices(topology)
     placed = Placed.on(job, make_mesh(mesh, devices))
-    return [_compile(placed, step, topology) for step in make_steps(job, mesh, devices)]
+    return [_compile(placed, step, mesh, topology) for step in make_steps(job, mesh, devices)]
 
 
-def _compile(placed: Placed, step: Step, topology: Topology) -> Compiled:
+def _compile(placed: Placed, step: Step, text: str, topology: Topology) -> Compiled:
     mesh, begin = placed.sharding.mesh, time.perf_counter()
     lowered = step.program.lower()
     lowering = time.perf_counter() - begin
-    compiled = lowered.compile(QUICK if step.name == "train" and topology.platform == "tpu" else None)
+    try:
+        compiled = lowered.compile(QUICK if step.name == "train" and topology.platform == "tpu" else None)
+    except (RuntimeError, NotImplementedError, ValueError) as error:
+        what = f"{placed.job.model}, {step.name} on mesh {text} of {topology}"
+        raise UserError(f"{what}: the compiler refuses it: {' '.join(str(error).split())[:300]}") from error
     compiling = time.perf_counter() - begin - lowering
     found = count_collectives(compiled.as_text())
     transfers = [Transfer(c.kind, c.bytes * c.filled, links.axes_of(mesh, topology, c.group), c.count) for c in found]
@@ -108,10 +114,14 @@ def _leaves(step: Step, compiled: Any) -> tuple[list, list]:
 
 
 def count_collectives(text: str) -> list[Collectives]:
-    """Those of the optimised HLO, with the trips of the loops around them, the largest traffic first."""
+    """Those of the optimised HLO, with the trips of the loops around them, the largest traffic first; without those of one device
+    alone, which the compiler leaves where an axis is 1."""
     runs, totals = hlo.runs(text), {}
     for c in hlo.collectives(text):
-        key = (c.kind, c.bytes, c.group, c.filled)
-        totals[key] = totals.get(key, 0) + runs.get(c.computation, 1)
+        if c.group == 1:
+            continue
+        around = runs[c.computation]
+        key = (c.kind, c.bytes, c.group, around.filled if c.kind == "ragged-all-to-all" else 1.0)
+        totals[key] = totals.get(key, 0) + around.count
     found = [Collectives(*key, count, filled) for (*key, filled), count in totals.items()]
     return sorted(found, key=lambda c: -c.bytes * c.filled * c.count)

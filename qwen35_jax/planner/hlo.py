@@ -37,10 +37,9 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # The condition of a loop that counts from 0, where the compiler does not write down how often: `i < constant`.
 _CONSTANT = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _COMPARE = re.compile(r"^\s*ROOT %?[\w.\-]+ = pred\[\]\S* compare\(%?[\w.\-]+, %?([\w.\-]+)\), direction=LT")
-# The loop over the passes of ops.moe.all_to_all, and what is in it: the rows from a device to a device if routing is even, and
-# those of a pass at most. It ends when all rows are sent, so the compiler knows no number of trips.
+# The loop over the passes of ops.moe.all_to_all: the rows from a device to a device if routing is even, and those of a pass at
+# most. It ends when all rows are sent, so the compiler knows no number of trips.
 _PASSES = re.compile(r'op_name="[^"]*\brows_(\d+)_by_(\d+)/while"')
-_IN_PASSES = re.compile(r'op_name="[^"]*\brows_(\d+)_by_(\d+)/while/')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +47,7 @@ class Collective:
     """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
     reduce-scatter takes; of several arrays in one instruction the largest, an element of which has `bits`. `group` is the
     number of devices that talk to each other, 0 where HLO does not say (permutes); `computation` the function in which it
-    stands; `joined` whether the compiler made it of several, whose arrays it lays end to end. `filled`: the part of a ragged
-    one's array that is moved if routing is even."""
+    stands; `joined` whether the compiler made it of several, whose arrays it lays end to end."""
 
     kind: str
     bytes: int
@@ -58,7 +56,6 @@ class Collective:
     computation: str
     joined: bool
     line: str
-    filled: float = 1.0
 
 
 def _bits(dtype: str) -> int:
@@ -104,19 +101,8 @@ def collectives(hlo: str) -> list[Collective]:
             first = first_seen.setdefault(key, computation)
             if first == computation or not _FUSED.search(computation):
                 joined = bool(_JOINED.search(line))
-                filled = _filled(line) if kind == "ragged-all-to-all" else 1.0
-                found.append(Collective(kind, size, bits, group, computation, joined, line.strip(), filled))
+                found.append(Collective(kind, size, bits, group, computation, joined, line.strip()))
     return found
-
-
-def _filled(line: str) -> float:
-    match = _IN_PASSES.search(line)
-    return int(match.group(1)) / (_passes(match) * int(match.group(2))) if match else 1.0
-
-
-def _passes(match: re.Match) -> int:
-    rows, capacity = (int(n) for n in match.groups())
-    return max(1, -(-rows // capacity))
 
 
 def counts(hlo: str, min_bytes: int = 0) -> dict[str, int]:
@@ -124,17 +110,37 @@ def counts(hlo: str, min_bytes: int = 0) -> dict[str, int]:
     return dict(collections.Counter(c.kind for c in collectives(hlo) if c.bytes >= min_bytes))
 
 
-def _trips(line: str) -> int | str:
-    """Of the loop in this line, or the name of the condition that may say it."""
+@dataclasses.dataclass(frozen=True)
+class Runs:
+    """Of a computation: how often it runs in one call of the program, and the part of the rows of its ragged exchanges that is
+    there if routing is even."""
+
+    count: int
+    filled: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """trips: a number, or the name of the condition that may say it. filled: as of `Runs`, of the passes that are called here."""
+
+    caller: str
+    trips: int | str = 1
+    filled: float | None = None
+
+
+def _body(line: str, caller: str) -> _Call:
+    """The call of a loop's body."""
     if known := _TRIPS.search(line):
-        return int(known.group(1))
+        return _Call(caller, int(known.group(1)))
     if match := _PASSES.search(line):
-        return _passes(match)
+        rows, capacity = (int(n) for n in match.groups())
+        passes = max(1, -(-rows // capacity))
+        return _Call(caller, passes, rows / (passes * capacity))
     condition = re.search(r"condition=%?([\w.\-]+)", line)
-    return condition.group(1) if condition else 1
+    return _Call(caller, condition.group(1) if condition else 1)
 
 
-def runs(hlo: str) -> dict[str, int]:
+def runs(hlo: str) -> dict[str, Runs]:
     """How often each computation of `compiled.as_text()` runs in one call of the program: 1, times the trips of the loops
     around it. The passes of experts by all-to-all are as many as even routing takes; another loop whose trips are not known, as
     one that ends when a condition comes true, counts as one trip."""
@@ -143,18 +149,24 @@ def runs(hlo: str) -> dict[str, int]:
     for line in hlo.splitlines():
         if header := _COMPUTATION.match(line):
             computation, constants = header.group(1), {}
+            callers[computation] += []
         elif match := _CONSTANT.match(line):
             constants[match.group(1)] = int(match.group(2))
         elif (match := _COMPARE.match(line)) and match.group(1) in constants:
             limits[computation] = constants[match.group(1)]
         for attribute, names in _CALLED.findall(line):
-            trips = _trips(line) if attribute == "body" else 1
+            call = _body(line, computation) if attribute == "body" else _Call(computation)
             for name in _NAME.findall(names):
-                callers[name].append((computation, trips))
+                callers[name].append(call)
 
     @functools.cache
     def count(name: str) -> int:
-        calls = ((caller, limits.get(trips, 1) if isinstance(trips, str) else trips) for caller, trips in callers[name])
+        calls = ((c.caller, limits.get(c.trips, 1) if isinstance(c.trips, str) else c.trips) for c in callers[name])
         return sum(count(caller) * trips for caller, trips in calls) or 1
 
-    return {name: count(name) for name in list(callers)}
+    @functools.cache
+    def filled(name: str) -> float:
+        parts = (filled(c.caller) if c.filled is None else c.filled for c in callers[name])
+        return max(parts, default=1.0)
+
+    return {name: Runs(count(name), filled(name)) for name in list(callers)}

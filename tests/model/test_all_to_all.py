@@ -145,7 +145,7 @@ def test_many_passes_give_the_same(monkeypatch):
     program = step.lower(x, weights, experts, chosen).compile()
     assert_close(program(x, weights, experts, chosen), expected)
     runs, found = hlo.runs(program.as_text()), hlo.collectives(program.as_text())
-    counts = [runs.get(c.computation, 1) for c in found if c.kind == "all-to-all"]
+    counts = [runs[c.computation].count for c in found if c.kind == "all-to-all"]
     # Rows there and back, again for the gradients, and these; how many rows there are is exchanged outside of the loop.
     assert counts.count(2) == 6 and counts.count(1) >= 1 and set(counts) == {1, 2}, counts
 
