@@ -16,6 +16,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.ops.forms import KERNEL_CHOICES
 from qwen35_jax.ops.moe import MOE_CHOICES
 from qwen35_jax.planner import report, table
+from qwen35_jax.planner.crashes import go_on_in_a_fork
 from qwen35_jax.planner.jobs import WEIGHTS, WORKLOADS, Job
 from qwen35_jax.planner.planning import make_plan
 from qwen35_jax.planner.topologies import CHIPS, parse_topology, prepare_process
@@ -68,6 +69,8 @@ def main(arguments: list[str]) -> None:
     if MESH.value is not None and COMPILE.value > 1:
         raise UserError(f"--compile {COMPILE.value} is of the best meshes, and --mesh names one: leave one of them out")
     topology = parse_topology(TOPOLOGY.value)
+    if COMPILE.value:
+        go_on_in_a_fork(f"the plan of {MODEL.value} on {topology}")
     prepare_process(topology.platform)
     plan = make_plan(_job(MODEL.value, topology.size), topology, MESH.value, COMPILE.value)
     print(json.dumps(plan.as_json()) if JSON.value else "\n".join(report.lines(plan)))

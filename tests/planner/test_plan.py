@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from qwen35_jax.planner import table
-from qwen35_jax.planner.jobs import Job
-from qwen35_jax.planner.topologies import COMPILERS
+from qwen35_jax.errors import UserError
+from qwen35_jax.planner import compiled, table
+from qwen35_jax.planner.jobs import Job, Step
+from qwen35_jax.planner.topologies import COMPILERS, parse_topology, stand_ins
 from tests.forked import run_all
 
 ROOT = Path(__file__).parents[2]
@@ -104,3 +109,55 @@ def test_the_table_of_all_sizes(monkeypatch):
     layout = {"context": 300_000, "yarn": 4.0, "context_parallel": True, "chunk": 4096}
     head, *_, long = table.lines(lambda model, _: Job(model, "sample", **layout), 0)
     assert "`--prefill_chunk=4096`, `--context_parallel`, `--yarn=4.0`" in head and "| yes |" in long, (head, long)
+
+
+CRASHING = """
+import os, sys
+from qwen35_jax import command, plan
+def make_plan(*_):
+    {0}
+plan.make_plan = make_plan
+sys.argv[1:] = "--model 0.8b --topology v5e:2x4".split()
+command.run(plan.main, plan.USAGE)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("os.kill(os.getpid(), 11)", "the compiler crashed with signal 11 (Segmentation fault)"),
+        ("os.kill(os.getpid(), 9)", "the plan of 0.8b on v5e:2x4 was ended by signal 9 (Killed)"),
+        ("raise plan.UserError('no such thing')", "no such thing"),
+    ],
+)
+def test_a_compiler_that_crashes_is_one_line(what, message):
+    command = [sys.executable, "-c", CRASHING.format(what)]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert message in done.stderr and not done.stdout
+
+
+def test_a_stopped_plan_leaves_no_compiler_behind():
+    command = [sys.executable, "-c", CRASHING.format("print(os.getpid(), flush=True); import time; time.sleep(60)")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        child = int(started.stdout.readline())
+        started.terminate()
+        assert started.wait(timeout=30) == 1 and "ended by signal 15" in started.stderr.read()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child, 0)
+
+
+def test_what_a_compiler_refuses_is_one_line(monkeypatch):
+    """The exception that XLA raises, whose text has many lines."""
+    job, topology = Job("tiny", "decode"), parse_topology("v5e:2x4")
+    monkeypatch.setattr(compiled, "topology_devices", stand_ins)
+    program = SimpleNamespace(lower=lambda: SimpleNamespace(compile=refuse))
+    monkeypatch.setattr(compiled, "make_steps", lambda *_: [Step("decode", program, (), ())])
+    with pytest.raises(UserError, match="^tiny, decode on mesh 8x1 of v5e:2x4: the compiler refuses it: INTERNAL: no such op$"):
+        compiled.compile_job(job, "8x1", topology)
+
+
+def refuse(_):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no\n  such op")
