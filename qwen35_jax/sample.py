@@ -37,13 +37,18 @@ Writes text with a Qwen3.5 model.
 """
 
 DEFAULT_PROMPT = "What is 37 + 58?"
+DEFAULT_PROMPT_WITH_PICTURES = "What do you see?"
 
 MESH = flags.DEFINE_string("mesh", "1x1", "DATAxMODEL or REPLICAxDATAxMODEL; without accelerators, virtual CPU devices")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory (Hugging Face or converted; local or gs://) or hub id")
 REVISION = flags.DEFINE_string("revision", None, "revision of a hub id")
 MODEL = flags.DEFINE_enum("model", None, PRESETS, "preset: tiny is the packaged model, the others are random weights")
 RANDOM = flags.DEFINE_bool("random_weights", False, "random numbers in place of the stored weights")
-PROMPT = flags.DEFINE_multi_string("prompt", [], "what to answer; repeat it for a batch")
+PROMPT = flags.DEFINE_multi_string(
+    "prompt",
+    [],
+    f'what to answer; repeat it for a batch; default: "{DEFAULT_PROMPT}", about pictures "{DEFAULT_PROMPT_WITH_PICTURES}"',
+)
 IMAGE = flags.DEFINE_multi_string("image", [], "image file for the prompt, in place of its next <image>, or in front; repeatable")
 VIDEO = flags.DEFINE_multi_string("video", [], "video file or folder of frames, in place of <video>, or in front; repeatable")
 MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "most pixels of an image, and of a video's frame; larger ones shrink")
@@ -203,7 +208,7 @@ def _prompts() -> list[tuple[str, str | list]]:
         raise UserError("a prompt is empty: write something after --prompt")
     if PROMPTS_FILE.value is not None:
         placed += read_prompts(PROMPTS_FILE.value)
-    placed = placed or [("", DEFAULT_PROMPT)]
+    placed = placed or [("", DEFAULT_PROMPT_WITH_PICTURES if _pictures() else DEFAULT_PROMPT)]
     if RAW.value:
         for where, prompt in placed:
             if not isinstance(prompt, str):

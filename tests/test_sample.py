@@ -123,6 +123,16 @@ def test_images_and_videos(seeing):
     assert len(record["token_ids"]) <= 3
 
 
+def test_pictures_without_a_prompt(seeing):
+    """What is seen is asked for."""
+    arguments = ("--image", str(seeing.parent / "0.png"), "--max_new_tokens", "1", "--json")
+    done = run("--checkpoint", str(seeing), *arguments)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(done.stdout)["prompt"][0]["content"]
+    assert content[-1] == {"type": "text", "text": "What do you see?"}
+    assert [part["type"] for part in content] == ["image", "text"]
+
+
 def test_images_in_a_chat(seeing):
     """What is wrong with a picture is said when it is shown; the next message is about those that are right."""
     lines = f"/image {seeing.parent / '0.png'}\n/image /nowhere.png\n/image\nWhat is it?\n/exit\n"
