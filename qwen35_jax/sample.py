@@ -8,6 +8,7 @@ if __name__ == "__main__":
     command.quiet_interrupts()
 
 import contextlib
+import itertools
 import json
 import os
 import sys
@@ -39,6 +40,19 @@ Writes text with a Qwen3.5 model.
 DEFAULT_PROMPT = "What is 37 + 58?"
 DEFAULT_PROMPT_WITH_PICTURES = "What do you see?"
 
+
+class _InOrder(flags.ArgumentParser):
+    """Of several flags: each value with its number, so that they can be put in the order of the command line."""
+
+    def __init__(self):
+        self._numbers = itertools.count()
+
+    def parse(self, argument: str) -> tuple[int, str]:
+        return next(self._numbers), argument
+
+
+IN_ORDER = _InOrder()
+
 MESH = flags.DEFINE_string("mesh", "1x1", "DATAxMODEL or REPLICAxDATAxMODEL; without accelerators, virtual CPU devices")
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "directory (Hugging Face or converted; local or gs://) or hub id")
 REVISION = flags.DEFINE_string("revision", None, "revision of a hub id")
@@ -49,8 +63,20 @@ PROMPT = flags.DEFINE_multi_string(
     [],
     f'what to answer; repeat it for a batch; default: "{DEFAULT_PROMPT}", about pictures "{DEFAULT_PROMPT_WITH_PICTURES}"',
 )
-IMAGE = flags.DEFINE_multi_string("image", [], "image file for the prompt, in place of its next <image>, or in front; repeatable")
-VIDEO = flags.DEFINE_multi_string("video", [], "video file or folder of frames, in place of <video>, or in front; repeatable")
+IMAGE = flags.DEFINE_multi(
+    IN_ORDER,
+    flags.ArgumentSerializer(),
+    "image",
+    [],
+    "image file for the prompt, in place of its next <image>, or in front; repeatable, and in order with --video",
+)
+VIDEO = flags.DEFINE_multi(
+    IN_ORDER,
+    flags.ArgumentSerializer(),
+    "video",
+    [],
+    "video file or folder of frames, in place of the next <video>, or in front; repeatable",
+)
 MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "most pixels of an image, and of a video's frame; larger ones shrink")
 FPS = flags.DEFINE_float("fps", None, "frames of a video that are looked at, a second; default: as the checkpoint has it, or 2")
 MAX_FRAMES = flags.DEFINE_integer("max_frames", None, "most frames of a video that are looked at; default: 768")
@@ -173,7 +199,9 @@ def _check(arguments: list[str]) -> None:
 
 
 def _pictures() -> list[Picture]:
-    return [Picture("image", path) for path in IMAGE.value] + [Picture("video", path) for path in VIDEO.value]
+    """In the order of the command line."""
+    numbered = [(number, Picture(flag.name, path)) for flag in (IMAGE, VIDEO) for number, path in flag.value]
+    return [picture for _, picture in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def _vision() -> dict:

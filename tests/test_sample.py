@@ -124,13 +124,14 @@ def test_images_and_videos(seeing):
 
 
 def test_pictures_without_a_prompt(seeing):
-    """What is seen is asked for."""
-    arguments = ("--image", str(seeing.parent / "0.png"), "--max_new_tokens", "1", "--json")
-    done = run("--checkpoint", str(seeing), *arguments)
+    """What is seen is asked for; without marks the pictures are in the order of the flags."""
+    first, second, folder = (str(seeing.parent / name) for name in ("0.png", "1.png", ""))
+    pictures = ("--image", first, "--video", folder, "--image", second)
+    done = run("--checkpoint", str(seeing), *pictures, "--max_new_tokens", "1", "--json")
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)["prompt"][0]["content"]
     assert content[-1] == {"type": "text", "text": "What do you see?"}
-    assert [part["type"] for part in content] == ["image", "text"]
+    assert [part.get("image") or part["video"] for part in content[:-1]] == [first, folder, second]
 
 
 def test_images_in_a_chat(seeing):
