@@ -21,7 +21,10 @@ def image_size(height: int, width: int, settings: VisionSettings) -> tuple[int, 
     Raises UserError where one side is more than 200 times the other.
     """
     most = min(settings.image_max_pixels, settings.max_pixels or settings.image_max_pixels)
-    return _fitted(1, 1, height, width, settings.factor, min(settings.image_min_pixels, most), most)
+    least = min(settings.image_min_pixels, most)
+    size = _fitted(1, 1, height, width, settings.factor, least, most)
+    # The published smallest area goes before max_pixels; where that is smaller still, sides are not rounded up beyond it.
+    return _capped(size, height, width, settings) if least == most else size
 
 
 def video_size(frames: int, height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
@@ -31,11 +34,10 @@ def video_size(frames: int, height: int, width: int, settings: VisionSettings) -
     if height < factor or width < factor:
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
-    most = settings.video_max_pixels
-    if settings.max_pixels is not None:
-        most = min(most, settings.max_pixels * frames)
     rounded = round(frames / step) * step
-    return _fitted(rounded, frames, height, width, factor, min(settings.video_min_pixels, most), most)
+    most = settings.video_max_pixels
+    size = _fitted(rounded, frames, height, width, factor, min(settings.video_min_pixels, most), most)
+    return _capped(size, height, width, settings)
 
 
 def check_aspect(height: int, width: int) -> None:
@@ -45,16 +47,29 @@ def check_aspect(height: int, width: int) -> None:
 
 
 def _fitted(rounded: int, frames: int, height: int, width: int, factor: int, least: int, most: int) -> tuple[int, int]:
+    """The published rule, whose areas are those of all frames together."""
     check_aspect(height, width)
     new_height, new_width = (round(side / factor) * factor for side in (height, width))
     area = frames * height * width
     if rounded * new_height * new_width > most:
-        shrink = math.sqrt(area / most)
-        return tuple(max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width))
+        return _shrunk(height, width, factor, math.sqrt(area / most))
     if rounded * new_height * new_width < least:
         grow = math.sqrt(least / area)
         return tuple(math.ceil(side * grow / factor) * factor for side in (height, width))
     return new_height, new_width
+
+
+def _capped(size: tuple[int, int], height: int, width: int, settings: VisionSettings) -> tuple[int, int]:
+    """`size` if its area is at most max_pixels; else height and width divided to that, as the published rule does."""
+    most = settings.max_pixels
+    if most is None or size[0] * size[1] <= most:
+        return size
+    return _shrunk(height, width, settings.factor, math.sqrt(height * width / most))
+
+
+def _shrunk(height: int, width: int, factor: int, divisor: float) -> tuple[int, int]:
+    """Both sides divided, rounded down to multiples of the factor: at least one."""
+    return tuple(max(factor, math.floor(side / divisor / factor) * factor) for side in (height, width))
 
 
 def resize(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -168,6 +168,8 @@ def test_sizes():
     ):
         assert image_size(*given, settings) == expected
     assert image_size(480, 640, settings.changed(max_pixels=10_000)) == (64, 96)
+    assert image_size(100, 100, settings.changed(max_pixels=10_000)) == (96, 96)
+    assert image_size(10, 10, settings.changed(max_pixels=10_000)) == (96, 96)
 
 
 def test_large_files_are_not_read(monkeypatch, file):

@@ -88,6 +88,12 @@ def test_sizes(frames, height, width, expected):
 
 def test_a_frame_has_a_budget():
     assert video_size(4, 480, 640, SETTINGS.changed(max_pixels=64 * 64)) == (32, 64)
+    for count in (1, 2, 3, 5, 9, 13):  # of which the published rule counts two more or fewer, at times
+        limited = SETTINGS.changed(max_pixels=16384)
+        assert video_size(count, 128, 160, limited) == (96, 128)
+        assert video_size(count, 128, 128, limited) == (128, 128)
+    # Nor is a frame made larger than that to fill the smallest budget of all frames.
+    assert video_size(2, 40, 60, SETTINGS.changed(max_pixels=1024)) == (32, 32)
 
 
 def test_one_frame_and_an_image_are_cut_alike():
