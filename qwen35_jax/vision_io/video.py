@@ -34,6 +34,14 @@ class Clip:
     frames: Callable[[Sequence[int]], Iterator[np.ndarray]]
 
 
+class EndsEarlyError(UserError):
+    """A video that gives fewer frames than were counted: `count`."""
+
+    def __init__(self, count: int):
+        super().__init__(f"it ends after {count} frames: it is damaged")
+        self.count = count
+
+
 def read_video(source: Any, settings: VisionSettings, fps: float | None = None) -> tuple[np.ndarray, tuple[float, ...]]:
     """(frames uint8 [T, H, W, 3] resized, the seconds of each temporal patch) of a video.
 
@@ -48,22 +56,28 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
     name = describe(source)
     try:
         clip = _clip(source, fps)
-        if not clip.count:
-            raise UserError("it has no frames")
-        check_pixels(*clip.size)
-        indices = sample_frames(clip.count, clip.fps, settings)
-        size = video_size(len(indices), *clip.size, settings)
-        frames = np.empty((len(indices), *size, 3), np.uint8)
-        found = -1
-        for found, frame in enumerate(clip.frames(indices)):
-            frames[found] = resize(frame, size)
-        if found + 1 < len(indices):
-            raise UserError(f"it ends after {found + 1} of the {len(indices)} frames to be looked at: it is damaged")
+        try:
+            frames, indices = _looked_at(clip, settings)
+        except EndsEarlyError as end:  # some packets give no frame, which decoding alone tells
+            frames, indices = _looked_at(dataclasses.replace(clip, count=end.count), settings)
     except UserError as error:
         raise UserError(f"video {name}: {error}") from error
     except OSError as error:
         raise UserError(f"video {name}: it cannot be read: {_reason(error)}") from error
     return frames, patch_seconds(indices, clip.fps, settings.temporal_patch_size)
+
+
+def _looked_at(clip: Clip, settings: VisionSettings) -> tuple[np.ndarray, list[int]]:
+    """(frames uint8 [T, H, W, 3] resized, their numbers) of those of a clip that are looked at."""
+    if not clip.count:
+        raise UserError("it has no frames")
+    check_pixels(*clip.size)
+    indices = sample_frames(clip.count, clip.fps, settings)
+    size = video_size(len(indices), *clip.size, settings)
+    frames = np.empty((len(indices), *size, 3), np.uint8)
+    for i, frame in enumerate(clip.frames(indices)):
+        frames[i] = resize(frame, size)
+    return frames, indices
 
 
 def sample_frames(count: int, fps: float, settings: VisionSettings) -> list[int]:
@@ -164,19 +178,22 @@ def _opened(av, path: epath.Path):
 
 
 def _count(container, stream) -> int:
-    """Frames of a file, counted without decoding: what its header says need not be true."""
+    """Frames of a file, counted without decoding: what its header says need not be true.
+
+    What an edit list has cut off is decoded for what follows it, but not shown.
+    """
     count = 0
     for packet in container.demux(stream):
-        count += packet.size > 0
+        count += packet.size > 0 and not packet.is_discard
         if count > MAX_FRAMES:
             raise UserError(f"it has more than {MAX_FRAMES:,} frames")
     return count
 
 
 def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Frames `indices` (rising) as uint8 [H, W, 3]; fewer where the file ends before."""
+    """Frames `indices` (rising) as uint8 [H, W, 3]. EndsEarlyError where the file has fewer."""
     wanted = iter(indices)
-    target = next(wanted)
+    target, i = next(wanted), -1
     try:
         with _opened(av, path) as container:
             container.streams.video[0].thread_type = "AUTO"
@@ -188,6 +205,7 @@ def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]
                     target = next(wanted, -1)
                 if target < 0:
                     return
+        raise EndsEarlyError(i + 1)
     except (av.FFmpegError, UnicodeError) as error:
         raise UserError(f"it cannot be decoded: {_reason(error)}") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ SETTINGS = VisionSettings()
 
 
 def write_video(path, count: int, size: tuple[int, int] = (64, 96), fps: int = 8) -> None:
-    """Frame i is grey, ten times i."""
+    """Frame i is grey, ten times i; one in twelve stands for itself, the others say what changes."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
+        stream = container.add_stream("mpeg4", rate=fps, options={"sc_threshold": "1000000000"})
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 10_000_000
         for i in range(count):
             frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * i, np.uint8), format="rgb24")
             container.mux(stream.encode(frame))
@@ -176,10 +177,47 @@ def test_bad_files(tmp_path):
         read_video(whole, SETTINGS, fps=4)
 
 
-def test_a_video_that_ends_early(tmp_path, monkeypatch):
+def cut(data: bytes, first: int, count: int, fps: int = 8) -> bytes:
+    """An MP4 whose edit list shows `count` of the frames from `first` on, as what cuts films without encoding them writes it."""
+    number = struct.Struct(">I")
+    elst, mdhd, mvhd = (data.index(name) + 4 for name in (b"elst", b"mdhd", b"mvhd"))
+    (film,), (track,) = number.unpack_from(data, mvhd + 12), number.unpack_from(data, mdhd + 12)
+    changed = bytearray(data)
+    struct.pack_into(">II", changed, elst + 8, count * film // fps, first * track // fps)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("first", "count"), [(1, 19), (5, 14), (5, 6), (14, 3)])
+def test_what_an_edit_list_cuts_off(tmp_path, first, count):
+    """It is not counted, or the last frames to look at would not be there."""
     write_video(tmp_path / "a.mp4", 20)
+    (tmp_path / "cut.mp4").write_bytes(cut((tmp_path / "a.mp4").read_bytes(), first, count))
+    frames, seconds = read_video(tmp_path / "cut.mp4", SETTINGS)
+    expected, times = read_video(grey(20)[first : first + count], SETTINGS, fps=8)
+    assert np.abs(frames[:, 0, 0, 0].astype(int) - expected[:, 0, 0, 0]).max() <= 3
+    assert seconds == times
+
+
+def test_a_file_that_was_cut_short(tmp_path):
+    """What is there of a container that can be read so is a video of its own."""
+    write_video(tmp_path / "whole.mkv", 20)
+    data = (tmp_path / "whole.mkv").read_bytes()
+    (tmp_path / "short.mkv").write_bytes(data[: len(data) * 2 // 3])
+    frames, _ = read_video(tmp_path / "short.mkv", SETTINGS.changed(fps=8))
+    assert 8 < len(frames) < 16
+    assert np.abs(frames[:, 0, 0, 0].astype(int) - 10 * np.arange(len(frames))).max() <= 3
+
+
+def test_fewer_frames_than_packets(tmp_path, monkeypatch):
+    """They are counted again, decoded, and chosen among those."""
+    write_video(tmp_path / "a.mp4", 20)
+    expected = read_video(tmp_path / "a.mp4", SETTINGS)
     monkeypatch.setattr(video_module, "_count", lambda *_: 60)
-    with pytest.raises(UserError, match="it ends after"):
+    frames, seconds = read_video(tmp_path / "a.mp4", SETTINGS)
+    np.testing.assert_array_equal(frames, expected[0])
+    assert seconds == expected[1]
+    monkeypatch.setattr(video_module, "_decoded", lambda *_: (_ for _ in ()).throw(video_module.EndsEarlyError(9)))
+    with pytest.raises(UserError, match="it ends after 9 frames: it is damaged"):
         read_video(tmp_path / "a.mp4", SETTINGS)
 
 
