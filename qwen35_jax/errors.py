@@ -1,4 +1,8 @@
-"""The exception that stands for wrong input rather than a bug, and its form on the hosts that have none."""
+"""The exception that stands for wrong input rather than a bug, and its forms: on hosts that have none, and for file systems."""
+
+import contextlib
+import os
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
@@ -10,3 +14,14 @@ class UserError(ValueError):
 
 class OtherHostError(UserError):
     """Another host has wrong input, and says what it is."""
+
+
+@contextlib.contextmanager
+def reachable(path: str | os.PathLike) -> Iterator[None]:
+    """UserError where what is inside fails because the file system of the path cannot be reached, or lacks its package."""
+    try:
+        yield
+    except (ImportError, OSError, RuntimeError) as e:
+        advice = "; install the extra: pip install -e '.[gcs]'" if isinstance(e, ImportError) else ""
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise UserError(f"cannot read {path}: {reason}{advice}") from None

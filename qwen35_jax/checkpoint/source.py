@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import huggingface_hub
@@ -15,7 +14,7 @@ from etils import epath
 from huggingface_hub import errors as hub
 
 from qwen35_jax.checkpoint.safetensors_file import Index, SafetensorsFile, TensorInfo, is_local
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, reachable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -191,14 +190,3 @@ def check_directory(path: epath.Path, advice: str = "give the directory that hol
         if is_local(path) and path.exists():
             raise UserError(f"{path} is a file; {advice}")
         return False
-
-
-@contextlib.contextmanager
-def reachable(path: epath.PathLike) -> Iterator[None]:
-    """UserError where what is inside fails because the file system of the path cannot be reached, or lacks its package."""
-    try:
-        yield
-    except (ImportError, OSError, RuntimeError) as e:
-        advice = "; install the extra: pip install -e '.[gcs]'" if isinstance(e, ImportError) else ""
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise UserError(f"cannot read {path}: {reason}{advice}") from None

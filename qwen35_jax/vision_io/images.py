@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageOps
 
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
 from qwen35_jax.vision_io.resize import check_aspect
 
@@ -88,15 +88,16 @@ def _opened(source: Any, name: str) -> Image.Image:
 
 
 def _file(path: epath.Path) -> bytes:
-    try:
-        if path.is_dir():
-            raise UserError("that is a directory; give a file (frames of a video go behind --video)")
-        _check_bytes(path.stat().length)
-        return path.read_bytes()
-    except FileNotFoundError as error:
-        raise UserError("there is no such file") from error
-    except OSError as error:
-        raise UserError(f"it cannot be read: {error.strerror or one_line(error)}") from error
+    with reachable(path):
+        try:
+            if path.is_dir():
+                raise UserError("that is a directory; give a file (frames of a video go behind --video)")
+            _check_bytes(path.stat().length)
+            return path.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError("there is no such file") from error
+        except OSError as error:
+            raise UserError(f"it cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def _data_url(url: str) -> bytes:

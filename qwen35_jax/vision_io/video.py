@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
 from qwen35_jax.vision_io.images import check_pixels, describe, local_path, read_image
 from qwen35_jax.vision_io.resize import resize, video_size
@@ -98,8 +98,10 @@ def _clip(source: Any, fps: float | None) -> Clip:
         raise UserError(f"its fps is {fps!r:.40}; it must be above 0")
     if isinstance(source, str | os.PathLike):
         path = local_path(source)
-        if path.is_dir():
-            return _pictures(_in_order(path), fps or UNKNOWN_FPS)
+        with reachable(path):
+            frames = _in_order(path) if path.is_dir() else None
+        if frames is not None:
+            return _pictures(frames, fps or UNKNOWN_FPS)
         if fps is not None:
             raise UserError("fps of the source is for frames and folders; a file knows its own")
         return _file_clip(path)
@@ -139,6 +141,8 @@ def _pictures(sources: list, fps: float) -> Clip:
 
 
 def _file_clip(path: epath.Path) -> Clip:
+    if "://" in os.fspath(path):
+        raise UserError("video files are read from local disks: copy it here first")
     av = _pyav()
     try:
         length = path.stat().length
@@ -166,15 +170,12 @@ def _pyav():
 
 def _opened(av, path: epath.Path):
     """The container, which has a video stream. Only local files: FFmpeg would follow what a playlist names."""
-    local = os.fspath(path)
-    if "://" in local:
-        raise UserError("video files are read from local disks: copy it here first")
-    options = {"protocol_whitelist": "file"}
-    container = av.open(f"file:{local}", options=options)
-    if not container.streams.video:
-        container.close()
-        raise UserError("it has no video in it")
-    return container
+    container = av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"})
+    streams = container.streams.video
+    if streams and streams[0].codec_context is not None:
+        return container
+    container.close()
+    raise UserError("its video is of a kind that this FFmpeg has no decoder for" if streams else "it has no video in it")
 
 
 def _count(container, stream) -> int:

@@ -7,11 +7,21 @@ import struct
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io import VisionSettings, image_visual, patch_seconds, read_video, sample_frames, video_size, video_visual
+from qwen35_jax.vision_io import (
+    VisionSettings,
+    image_visual,
+    patch_seconds,
+    read_image,
+    read_video,
+    sample_frames,
+    video_size,
+    video_visual,
+)
 from qwen35_jax.vision_io import video as video_module
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV (av)")
@@ -169,7 +179,16 @@ def test_bad_files(tmp_path):
         frame.sample_rate, stream.layout = 44100, "mono"
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    for path, message in ((text, "cannot be read"), (cut, "cannot be read"), (empty, "no frames"), (sound, "no video in it")):
+    whole_avi, strange = tmp_path / "a.avi", tmp_path / "strange.avi"
+    write_video(whole_avi, 3)
+    strange.write_bytes(whole_avi.read_bytes().replace(b"FMP4", b"ZZZZ"))
+    for path, message in (
+        (text, "cannot be read"),
+        (cut, "cannot be read"),
+        (empty, "no frames"),
+        (sound, "no video in it"),
+        (strange, "of a kind that this FFmpeg has no decoder for"),
+    ):
         with pytest.raises(UserError, match=message) as error:
             read_video(path, SETTINGS)
         assert "\n" not in str(error.value)
@@ -219,6 +238,20 @@ def test_fewer_frames_than_packets(tmp_path, monkeypatch):
     monkeypatch.setattr(video_module, "_decoded", lambda *_: (_ for _ in ()).throw(video_module.EndsEarlyError(9)))
     with pytest.raises(UserError, match="it ends after 9 frames: it is damaged"):
         read_video(tmp_path / "a.mp4", SETTINGS)
+
+
+@pytest.mark.parametrize("error", [ImportError("no gcsfs"), RuntimeError("no credentials"), OSError("no route")])
+def test_a_file_system_that_cannot_be_reached(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    for name in ("is_dir", "stat", "exists"):
+        monkeypatch.setattr(type(epath.Path("gs://bucket")), name, fail)
+    for read in (lambda source: read_video(source, SETTINGS), read_image):
+        with pytest.raises(UserError, match=f"gs://bucket/a: .*{error}") as found:
+            read("gs://bucket/a")
+        assert "decoded" not in str(found.value) and "\n" not in str(found.value)
+        assert ("install the extra" in str(found.value)) is isinstance(error, ImportError)
 
 
 def test_without_pyav(tmp_path, monkeypatch):
