@@ -141,7 +141,7 @@ def _vision(model: Model, source: TensorSource | None, directory: epath.PathLike
             return tower.init_params(seed)
         return load_vision_params(source, config, tower.abstract_params(), progress=jax.process_index() == 0)
 
-    return Vision(VisionEncoder(tower, parameters), VisionSettings.from_directory(directory, config.vision))
+    return Vision(VisionEncoder(tower, parameters), lambda: VisionSettings.from_directory(directory, config.vision))
 
 
 def _generation_config(directory: epath.PathLike) -> GenerationConfig:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -70,10 +71,18 @@ class Placed:
 
 @dataclasses.dataclass(frozen=True)
 class Vision:
-    """What a model that sees has more: its tower, and the sizes its pictures are brought to."""
+    """What a model that sees has more: its tower, and how its pictures are looked at.
+
+    `read_settings` is called when the first picture comes: errors in processor files do not concern text.
+    """
 
     encoder: VisionEncoder
-    settings: VisionSettings
+    read_settings: Callable[[], VisionSettings]
+
+    @functools.cached_property
+    def settings(self) -> VisionSettings:
+        """UserError where the checkpoint's files ask for what is not done here."""
+        return self.read_settings()
 
     def read(self, pictures: Sequence[Picture], **options) -> list[Visual]:
         """Reads, resizes and cuts pictures; options: those of `VisionSettings.changed`. UserError for what is wrong with one."""

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from qwen35_jax.config import VisionConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import read_json_object
 
-IMAGE_FILE, VIDEO_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
+# The published files, and the one in which transformers has written both of them since 5.3.
+FILES = {"image": "preprocessor_config.json", "video": "video_preprocessor_config.json"}
+BOTH_FILE, BOTH_KEYS = "processor_config.json", {"image": "image_processor", "video": "video_processor"}
+# Settings that are done as published, or not at all; a file that lacks one, or has null, means the same.
+PUBLISHED = {
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_center_crop": False,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
+PUBLISHED_OF_VIDEOS = {"do_sample_frames": True, "num_frames": None, "cap_pixels_per_frame": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,8 +70,7 @@ class VisionSettings:
             raise UserError(
                 f"max_pixels is {max_pixels}; it must be at least {self.factor**2}, one {self.factor} x {self.factor} tile"
             )
-        if fps is not None and not 0 < fps <= 1000:
-            raise UserError(f"fps is {fps}; it must be above 0 and at most 1000")
+        fps = None if fps is None else _rate(fps, "fps")
         if max_frames is not None and max_frames < self.temporal_patch_size:
             raise UserError(f"max_frames is {max_frames}; it must be at least {self.temporal_patch_size}")
         given = {"max_pixels": max_pixels, "fps": fps, "max_frames": max_frames, "allow_remote_media": allow_remote_media}
@@ -73,22 +88,46 @@ class VisionSettings:
             "merge_size": vision.spatial_merge_size,
         }
         values: dict[str, Any] = dict(sizes)
-        for name, kind in ((IMAGE_FILE, "image"), (VIDEO_FILE, "video")):
-            raw = None if directory is None else read_json_object(directory, name)
-            if raw is None:
-                continue
-            where = str(epath.Path(directory) / name)
-            _check(raw, sizes, where)
-            size = raw.get("size") or {}
-            for key, field in (("shortest_edge", "min"), ("longest_edge", "max")):
-                if key in size:
-                    values[f"{kind}_{field}_pixels"] = _whole(size[key], f"{where}: size.{key}")
-            for key in ("min_frames", "max_frames") if kind == "video" else ():
-                if raw.get(key) is not None:
-                    values[key] = _whole(raw[key], f"{where}: {key}")
-            if kind == "video" and raw.get("fps") is not None:
-                values["fps"] = float(_whole(raw["fps"], f"{where}: fps"))
+        for kind, raw, where in [] if directory is None else _processors(directory):
+            _check(raw, sizes | PUBLISHED | (PUBLISHED_OF_VIDEOS if kind == "video" else {}), where)
+            for key, value in _areas(raw, kind, where).items():
+                values[f"{kind}_{key}_pixels"] = value
+            if kind == "video":
+                for key in ("min_frames", "max_frames"):
+                    if raw.get(key) is not None:
+                        values[key] = _whole(raw[key], f"{where}: {key}")
+                if raw.get("fps") is not None:
+                    values["fps"] = _rate(raw["fps"], f"{where}: fps")
         return cls(**values)
+
+
+def _processors(directory: epath.PathLike) -> Iterator[tuple[str, dict, str]]:
+    """(image | video, its processor's settings, where they are) of those that a directory describes."""
+    both = read_json_object(directory, BOTH_FILE) or {}
+    for kind, name in FILES.items():
+        key = BOTH_KEYS[kind]
+        if both.get(key) is None:
+            raw, where = read_json_object(directory, name), str(epath.Path(directory) / name)
+        else:
+            raw, where = both[key], f"{epath.Path(directory) / BOTH_FILE}: {key}"
+            if not isinstance(raw, dict):
+                raise UserError(f"{where} is {raw!r:.60}; expected an object")
+        if raw is not None:
+            yield kind, raw, where
+
+
+def _areas(raw: dict, kind: str, where: str) -> dict[str, int]:
+    """The areas `min` and `max` that a processor's settings name."""
+    size = raw.get("size")
+    size = {} if size is None else size
+    if not isinstance(size, dict) or any(size[key] is not None for key in size.keys() - {"shortest_edge", "longest_edge"}):
+        raise UserError(f"{where}: size is {size!r:.60}; expected the areas shortest_edge and longest_edge")
+    found = {"min": ("size.shortest_edge", size.get("shortest_edge")), "max": ("size.longest_edge", size.get("longest_edge"))}
+    if kind == "image":  # the older names, which go first; the published processor of videos does not look at them
+        for key in found:
+            if raw.get(f"{key}_pixels") is not None:
+                found[key] = (f"{key}_pixels", raw[f"{key}_pixels"])
+    return {key: _whole(value, f"{where}: {name}") for key, (name, value) in found.items() if value is not None}
 
 
 def _whole(value: Any, where: str) -> int:
@@ -97,8 +136,14 @@ def _whole(value: Any, where: str) -> int:
     return value
 
 
-def _check(raw: dict, sizes: dict[str, int], where: str) -> None:
-    halves = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    for name, expected in (sizes | halves).items():
-        if raw.get(name, expected) != expected:
+def _rate(value: Any, where: str) -> float:
+    """Frames a second."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number) or not 0 < value <= 1000:
+        raise UserError(f"{where} is {value!r:.60}; it must be above 0 and at most 1000")
+    return float(value)
+
+
+def _check(raw: dict, supported: dict[str, Any], where: str) -> None:
+    for name, expected in supported.items():
+        if raw.get(name) not in (None, expected):
             raise UserError(f"{where}: {name} is {raw[name]!r:.60}; supported: {expected}")

@@ -147,6 +147,7 @@ def write(directory: Path, config: dict, tensors: dict, shards: int = 1) -> Path
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (directory / "tokenizer_config.json").write_text('{"tokenizer_class": "Qwen2Tokenizer", "note": "ü"}')
     (directory / "chat_template.jinja").write_text("{{ messages }}\n")
+    (directory / "processor_config.json").write_text("{}\n")
     tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
     if shards == 1:
         safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

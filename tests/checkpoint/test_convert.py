@@ -74,7 +74,7 @@ def test_the_directory_is_an_orbax_checkpoint(tmp_path):
         "shape": [4, 48, 72],
         "fused": True,
     }
-    for file in ("config.json", "tokenizer_config.json", "chat_template.jinja"):
+    for file in ("config.json", "tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         assert (tmp_path / "orbax" / file).read_bytes() == (original / file).read_bytes()
 
 

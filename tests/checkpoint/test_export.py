@@ -101,7 +101,7 @@ def test_from_a_checkpoint_and_back(tmp_path, monkeypatch, moe):
     want = {k: v for k, v in config.items() if k != "torch_dtype"}
     want["text_config"] = want["text_config"] | {"dtype": "bfloat16"}
     assert exported.config == want
-    for file in ("tokenizer_config.json", "chat_template.jinja"):
+    for file in ("tokenizer_config.json", "processor_config.json", "chat_template.jinja"):
         assert (tmp_path / "out" / file).read_bytes() == (original / file).read_bytes()
     assert not (tmp_path / "out" / "README.md").exists()
 

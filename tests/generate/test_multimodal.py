@@ -115,9 +115,16 @@ def test_settings_of_a_call(seeing):
 
 
 def test_the_tower_is_loaded_when_a_picture_comes(tmp_path):
-    lm = qwen35_jax.load(write_checkpoint(tmp_path / "model"), dtype="float32")
+    """And so are the files about its pictures, which need not be right for a prompt of text."""
+    processor = write_checkpoint(tmp_path / "model") / "preprocessor_config.json"
+    right = processor.read_text()
+    processor.write_text('{"size": 448}')
+    lm = qwen35_jax.load(tmp_path / "model", dtype="float32")
     lm.generate("Hello", **GREEDY)
     assert lm.vision.encoder.params is None
+    with pytest.raises(UserError, match="preprocessor_config.json: size is 448"):
+        lm.prepare(user(image(picture())))
+    processor.write_text(right)
     before = lm.stats()["weight_bytes_per_device"]
     ready = lm.prepare(user(image(picture())))
     assert lm.generate(ready, **GREEDY)[0].prompt_token_ids == ready.token_ids

@@ -119,7 +119,7 @@ def test_settings_of_a_checkpoint(tmp_path):
     assert VisionSettings.from_directory(tmp_path, vision) == SETTINGS
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 4096, "longest_edge": 8192}}))
     (tmp_path / "video_preprocessor_config.json").write_text(
-        json.dumps({"fps": 1, "max_frames": 8, "size": {"longest_edge": 99999}})
+        json.dumps({"fps": 1.0, "max_frames": 8, "size": {"longest_edge": 99999}})
     )
     read = VisionSettings.from_directory(tmp_path, vision)
     assert (read.image_min_pixels, read.image_max_pixels, read.video_max_pixels, read.fps, read.max_frames) == (
@@ -129,9 +129,54 @@ def test_settings_of_a_checkpoint(tmp_path):
         1.0,
         8,
     )
-    (tmp_path / "preprocessor_config.json").write_text('{"patch_size": 14}')
-    with pytest.raises(UserError, match="patch_size is 14; supported: 16"):
+
+
+def test_both_processors_in_one_file(tmp_path):
+    """As transformers writes them; they go before files that lie beside."""
+    image = {"size": {"shortest_edge": 4096, "longest_edge": 8192}, "do_resize": True, "resample": 3, "rescale_factor": 1 / 255}
+    video = {"size": {"shortest_edge": 5000, "longest_edge": 9000}, "fps": 0.5, "num_frames": None, "do_sample_frames": True}
+    both = {"image_processor": image, "video_processor": video, "processor_class": "Qwen3VLProcessor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(both))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"size": {"longest_edge": 99999}}))
+    vision = ModelConfig.preset("0.8b").vision
+    expected = VisionSettings(image_min_pixels=4096, image_max_pixels=8192, video_min_pixels=5000, video_max_pixels=9000, fps=0.5)
+    assert VisionSettings.from_directory(tmp_path, vision) == expected
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
+    assert VisionSettings.from_directory(tmp_path, vision) == VisionSettings(image_max_pixels=99999)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": 3}))
+    with pytest.raises(UserError, match="processor_config.json: image_processor is 3; expected an object"):
         VisionSettings.from_directory(tmp_path, vision)
+
+
+def test_the_older_names_of_areas(tmp_path):
+    raw = {"min_pixels": 3136, "max_pixels": 12845056, "size": {"shortest_edge": 9, "longest_edge": None}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(raw))
+    read = VisionSettings.from_directory(tmp_path, ModelConfig.preset("0.8b").vision)
+    assert read == VisionSettings(image_min_pixels=3136, image_max_pixels=12845056)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "message"),
+    [
+        ("preprocessor_config.json", {"patch_size": 14}, "patch_size is 14; supported: 16"),
+        ("preprocessor_config.json", {"do_resize": False}, "do_resize is False; supported: True"),
+        ("preprocessor_config.json", {"rescale_factor": 1.0}, "rescale_factor is 1.0; supported: 0.0039"),
+        ("preprocessor_config.json", {"image_mean": [0.48, 0.46, 0.41]}, "image_mean is .*; supported: .0.5, 0.5, 0.5"),
+        ("preprocessor_config.json", {"resample": 2}, "resample is 2; supported: 3"),
+        ("preprocessor_config.json", {"size": 448}, "size is 448; expected the areas shortest_edge and longest_edge"),
+        ("preprocessor_config.json", {"size": {"height": 448, "width": 448}}, "size is .*; expected the areas"),
+        ("preprocessor_config.json", {"max_pixels": 0.5}, "max_pixels is 0.5; expected a whole number"),
+        ("video_preprocessor_config.json", {"num_frames": 16}, "num_frames is 16; supported: None"),
+        ("video_preprocessor_config.json", {"do_sample_frames": False}, "do_sample_frames is False"),
+        ("video_preprocessor_config.json", {"cap_pixels_per_frame": True}, "cap_pixels_per_frame is True"),
+        ("video_preprocessor_config.json", {"fps": 0}, "fps is 0; it must be above 0"),
+        ("video_preprocessor_config.json", {"fps": "2"}, "fps is '2'; it must be above 0"),
+    ],
+)
+def test_settings_that_are_not_done_here(tmp_path, name, raw, message):
+    (tmp_path / name).write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=f"{name}: {message}"):
+        VisionSettings.from_directory(tmp_path, ModelConfig.preset("0.8b").vision)
 
 
 @pytest.mark.parametrize(
