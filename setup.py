@@ -33,7 +33,7 @@ setup(
         "numpy>=2",
         "optax>=0.2.8",
         "orbax-checkpoint>=0.12.8",
-        "pillow",
+        "pillow>=11.3",  # the first that reads AVIF by itself
         "tensorboardX",
         "tensorstore",
         "tokenizers",

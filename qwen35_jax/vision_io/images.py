@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import io
 import os
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,17 @@ MAX_PIXELS = 1 << 26  # of a decoded image: 8192 x 8192, 200 MB as RGB
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
 SHOWN = 160  # characters of a source in an error
+
+
+@dataclasses.dataclass(frozen=True)
+class Copy:
+    """The path of a file with what another source holds; errors name that source."""
+
+    path: str
+    name: str
+
+    def __fspath__(self) -> str:
+        return self.path
 
 
 def read_image(source: Any) -> np.ndarray:
@@ -50,6 +63,8 @@ def read_image(source: Any) -> np.ndarray:
 
 def describe(source: Any) -> str:
     """A short name of a source for errors."""
+    if isinstance(source, Copy):
+        return source.name
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         if text.startswith("data:"):
@@ -74,7 +89,7 @@ def local_path(source: str | os.PathLike) -> epath.Path:
 
 def _opened(source: Any, name: str) -> Image.Image:
     if isinstance(source, str) and source.startswith("data:"):
-        data = _data_url(source)
+        data = data_url_bytes(source)
     elif isinstance(source, str | os.PathLike):
         data = _file(local_path(source))
     elif isinstance(source, bytes | bytearray | memoryview):
@@ -84,7 +99,9 @@ def _opened(source: Any, name: str) -> Image.Image:
     if not data:
         raise UserError("it is empty")
     _check_bytes(len(data))
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    with warnings.catch_warnings():  # Pillow's limits are wider: of what it warns of, `check_pixels` says what is wrong
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
 def _file(path: epath.Path) -> bytes:
@@ -100,10 +117,11 @@ def _file(path: epath.Path) -> bytes:
             raise UserError(f"it cannot be read: {error.strerror or one_line(error)}") from error
 
 
-def _data_url(url: str) -> bytes:
+def data_url_bytes(url: str) -> bytes:
+    """What a base64 data: URL holds. UserError where it is another kind of URL, too large or damaged."""
     head = DATA_URL.match(url)
     if head is None:
-        raise UserError("the data: URL is not base64 (data:image/png;base64,…)")
+        raise UserError("the data: URL is not base64 (such as data:image/png;base64,…)")
     _check_bytes((len(url) - head.end()) // 4 * 3)
     try:
         return base64.b64decode(url[head.end() :], validate=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io.images import MAX_BYTES, describe, read_image
+from qwen35_jax.vision_io.images import MAX_BYTES, Copy, describe, read_image
 from qwen35_jax.vision_io.patches import Visual, image_visual, video_visual
 from qwen35_jax.vision_io.remote import fetch, is_remote
 from qwen35_jax.vision_io.resize import image_size, resize
@@ -106,7 +106,7 @@ def _fetched(picture: Picture, settings: VisionSettings) -> Iterator[Any]:
                     path.write_bytes(fetch(source, MAX_BYTES))
                 except UserError as error:
                     raise UserError(f"{picture.kind} {describe(source)}: {error}") from error
-                sources[i] = str(path)
+                sources[i] = Copy(str(path), describe(source))
         yield sources if several else sources[0]
 
 

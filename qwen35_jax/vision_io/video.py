@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
 import re
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from etils import epath
 
 from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
-from qwen35_jax.vision_io.images import check_pixels, describe, local_path, read_image
+from qwen35_jax.vision_io.images import check_pixels, data_url_bytes, describe, local_path, read_image
 from qwen35_jax.vision_io.resize import resize, video_size
 from qwen35_jax.vision_io.settings import VisionSettings
 
@@ -46,8 +48,8 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
     """(frames uint8 [T, H, W, 3] resized, the seconds of each temporal patch) of a video.
 
     Args:
-        source: a path of a file (through PyAV) or of a folder of pictures in the order of their names, or frames: uint8
-            [T, H, W, 3], or a list of images as `read_image` takes them.
+        source: a path of a file (through PyAV), a base64 data: URL with one, a path of a folder of pictures in the order of their
+            names, or frames: uint8 [T, H, W, 3], or a list of images as `read_image` takes them.
         settings: how many frames are looked at, and how large.
         fps: of the source, for frames and folders; files know theirs. Default: 24.
 
@@ -55,11 +57,12 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
     """
     name = describe(source)
     try:
-        clip = _clip(source, fps)
-        try:
-            frames, indices = _looked_at(clip, settings)
-        except EndsEarlyError as end:  # some packets give no frame, which decoding alone tells
-            frames, indices = _looked_at(dataclasses.replace(clip, count=end.count), settings)
+        with _on_disk(source) as source:
+            clip = _clip(source, fps)
+            try:
+                frames, indices = _looked_at(clip, settings)
+            except EndsEarlyError as end:  # some packets give no frame, which decoding alone tells
+                frames, indices = _looked_at(dataclasses.replace(clip, count=end.count), settings)
     except UserError as error:
         raise UserError(f"video {name}: {error}") from error
     except OSError as error:
@@ -91,6 +94,18 @@ def patch_seconds(indices: Sequence[int], fps: float, step: int) -> tuple[float,
     """When each temporal patch of `step` frames is: the mean of its first and last frame's times, the last frame repeated."""
     padded = [*indices, *[indices[-1]] * (-len(indices) % step)]
     return tuple((padded[i] / fps + padded[i + step - 1] / fps) / 2 for i in range(0, len(padded), step))
+
+
+@contextlib.contextmanager
+def _on_disk(source: Any) -> Iterator[Any]:
+    """The source; what a data: URL holds as a file."""
+    if not isinstance(source, str) or not source.startswith("data:"):
+        yield source
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data_url_bytes(source))
+        file.flush()
+        yield file.name
 
 
 def _clip(source: Any, fps: float | None) -> Clip:

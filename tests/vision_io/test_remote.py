@@ -6,6 +6,7 @@ import http.server
 import io
 import socket
 import ssl
+import tempfile
 import threading
 
 import numpy as np
@@ -104,9 +105,21 @@ def test_answers_that_are_refused(host, path, message):
     assert "\n" not in str(error.value) and len(host) == 2
 
 
-def test_what_is_no_image(host):
-    with pytest.raises(UserError, match="is no image that can be read"):
-        read_picture(Picture("image", "https://example.com/text"), REMOTE)
+@pytest.mark.parametrize(
+    ("shown", "message"),
+    [
+        (Picture("image", "https://example.com/text"), "image https://example.com/text is no image that can be read"),
+        (Picture("video", ["https://example.com/text"]), "image https://example.com/text is no image that can be read"),
+        (Picture("video", "https://example.com/text"), "video https://example.com/text: it cannot be read: Invalid data"),
+    ],
+)
+def test_what_is_no_picture(host, shown, message):
+    """The error names the URL, and not the file that its content was written to."""
+    if isinstance(shown.source, str) and shown.kind == "video":
+        pytest.importorskip("av", reason="reading video files needs PyAV (av)")
+    with pytest.raises(UserError, match=message) as error:
+        read_picture(shown, REMOTE)
+    assert tempfile.gettempdir() not in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 
@@ -50,6 +51,14 @@ def test_file(tmp_path):
     frames, seconds = read_video(tmp_path / "a.mp4", SETTINGS)
     assert frames.shape == (5, 64, 96, 3) and seconds == pytest.approx((0.3125, 1.5, 2.375))
     assert np.abs(frames[:, 0, 0, 0].astype(int) - [0, 50, 100, 140, 190]).max() <= 3  # lossy
+
+
+def test_data_url(tmp_path):
+    write_video(tmp_path / "a.mp4", 20)
+    url = "data:video/mp4;base64," + base64.b64encode((tmp_path / "a.mp4").read_bytes()).decode()
+    (frames, seconds), (expected, times) = (read_video(source, SETTINGS) for source in (url, tmp_path / "a.mp4"))
+    np.testing.assert_array_equal(frames, expected)
+    assert seconds == times
 
 
 def test_array_folder_and_list_say_the_same(tmp_path):
@@ -198,7 +207,8 @@ BAD = {
     "sizes": ([np.zeros((64, 64, 3), np.uint8), np.zeros((64, 65, 3), np.uint8)], None, "frame 1 is 65 x 64 pixels"),
     "no file": ("/nowhere/a.mp4", None, "there is no such file"),
     "remote": ("https://example.com/a.mp4", None, "remote URLs are not fetched"),
-    "data URL": ("data:video/mp4;base64," + "A" * 5000, None, "video in a data: URL: it cannot be read"),
+    "data URL": ("data:video/mp4;base64," + "A" * 5000, None, "video in a data: URL: it cannot be read: Invalid data"),
+    "other data URL": ("data:video/mp4," + "A" * 5000, None, "video in a data: URL: the data: URL is not base64"),
     "a number": (3, None, "give a file, a folder"),
 }
 
