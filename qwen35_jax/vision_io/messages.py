@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import re
 import tempfile
@@ -22,24 +23,37 @@ from qwen35_jax.vision_io.video import read_video
 START, END = "<|vision_start|>", "<|vision_end|>"
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
 MARK = re.compile("|".join(map(re.escape, (START + PADS["video"] + END, PADS["video"], PADS["image"]))))
+# What a part may say about its picture; what else qwen-vl-utils knows is refused, not ignored.
+ASKED = {"image": ("min_pixels", "max_pixels"), "video": ("min_pixels", "max_pixels", "fps", "max_frames")}
+NOT_DONE = (
+    *("resized_height", "resized_width", "total_pixels", "nframes", "min_frames", "max_frames", "fps"),
+    *("video_start", "video_end", "sample_fps", "raw_fps"),
+)
 SOURCES = {"image": ("image", "image_url"), "video": ("video", "video_url")}
 
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """An image or video as a message names it. fps: of the source, where it is frames."""
+    """An image or video as a message names it.
+
+    fps: as `read_video` takes it. The others are limits beside the settings': pixels of an image or of each frame, frames.
+    """
 
     kind: str
     source: Any
     fps: float | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_frames: int | None = None
 
 
 def collect_pictures(messages: Any) -> tuple[Any, list[Picture]]:
     """(messages whose pictures are bare marks for the template, the pictures in order); without any, the messages as they are.
 
     A picture is a part of a message's content, as OpenAI and the published templates have it: {"type": "image", "image": X},
-    {"type": "image_url", "image_url": {"url": X}}, {"type": "video", "video": X, "fps": of frames}, or video_url; X is
-    whatever `read_image` and `read_video` take.
+    {"type": "image_url", "image_url": {"url": X}}, {"type": "video", "video": X}, or video_url; X is whatever `read_image` and
+    `read_video` take. Beside it may stand min_pixels and max_pixels, and beside a video fps (as `read_video` has it) and
+    max_frames. UserError, with its place, for a part without a source, and for what else Qwen's tools know beside one.
     """
     pictures: list[Picture] = []
 
@@ -47,7 +61,7 @@ def collect_pictures(messages: Any) -> tuple[Any, list[Picture]]:
         kind = _kind(value)
         if kind is None:
             return value
-        pictures.append(Picture(kind, _source(value, kind, where), value.get("fps") if kind == "video" else None))
+        pictures.append(Picture(kind, _source(value, kind, where), **_asked(value, kind, where)))
         return {"type": kind}
 
     def message(value: Any, where: str) -> Any:
@@ -81,8 +95,35 @@ def _source(part: Mapping, kind: str, where: str) -> Any:
     return source
 
 
+def _asked(part: Mapping, kind: str, where: str) -> dict[str, Any]:
+    for name in NOT_DONE:
+        if part.get(name) is not None and name not in ASKED[kind]:
+            raise UserError(f"{where}: {name} is not done for {kind}s; there are {', '.join(ASKED[kind])}")
+    asked = {name: part[name] for name in ASKED[kind] if part.get(name) is not None}
+    for name, value in asked.items():
+        if name != "fps" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise UserError(f"{where}: {name} is {value!r:.60}; expected a whole number, 1 or more")
+    if asked.get("min_pixels", 0) > asked.get("max_pixels", math.inf):
+        raise UserError(f"{where}: min_pixels is {asked['min_pixels']}, more than max_pixels, {asked['max_pixels']}")
+    return asked
+
+
+def _changed(settings: VisionSettings, picture: Picture) -> VisionSettings:
+    """With what the picture asks for: of two limits the smaller one holds."""
+    limits = {
+        name: min(limit for limit in (getattr(settings, name), getattr(picture, name)) if limit is not None)
+        for name in ("max_pixels", "max_frames")
+        if getattr(picture, name) is not None
+    }
+    try:
+        return settings.changed(min_pixels=picture.min_pixels, **limits)
+    except UserError as error:
+        raise UserError(f"{picture.kind} {describe(picture.source)}: {error}") from error
+
+
 def read_picture(picture: Picture, settings: VisionSettings) -> Visual:
     """Reads, resizes and cuts an image or a video. UserError, one line, for whatever is wrong with it."""
+    settings = _changed(settings, picture)
     with _fetched(picture, settings) as source:
         if picture.kind == "video":
             return video_visual(*read_video(source, settings, picture.fps), settings)

@@ -21,7 +21,7 @@ def image_size(height: int, width: int, settings: VisionSettings) -> tuple[int, 
     Raises UserError where one side is more than 200 times the other.
     """
     most = min(settings.image_max_pixels, settings.max_pixels or settings.image_max_pixels)
-    least = min(settings.image_min_pixels, most)
+    least = min(settings.min_pixels or settings.image_min_pixels, most)
     size = _fitted(1, 1, height, width, settings.factor, least, most)
     # The published smallest area goes before max_pixels; where that is smaller still, sides are not rounded up beyond it.
     return _capped(size, height, width, settings) if least == most else size
@@ -35,8 +35,10 @@ def video_size(frames: int, height: int, width: int, settings: VisionSettings) -
         scale = max(factor / height, factor / width)
         height, width = int(height * scale), int(width * scale)
     rounded = round(frames / step) * step
-    most = settings.video_max_pixels
-    size = _fitted(rounded, frames, height, width, factor, min(settings.video_min_pixels, most), most)
+    least, most = settings.video_min_pixels, settings.video_max_pixels
+    if settings.min_pixels is not None:
+        least = settings.min_pixels * frames
+    size = _fitted(rounded, frames, height, width, factor, min(least, most), most)
     return _capped(size, height, width, settings)
 
 

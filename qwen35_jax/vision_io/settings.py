@@ -35,8 +35,9 @@ class VisionSettings:
     """Sizes in pixels, areas in pixels; the published values where a checkpoint has no processor files.
 
     A side of a picture becomes a multiple of patch_size x merge_size. `video_min_pixels` and `video_max_pixels` count all frames
-    together; `max_pixels`, which no file holds, is the most of one image and of one frame. `fps`, `min_frames` and `max_frames`
-    say how many frames of a video are looked at. `allow_remote_media`: whether https URLs are fetched (see `remote.fetch`).
+    together; `min_pixels` and `max_pixels`, which no file holds, are the least and the most of one image and of one frame (the
+    most goes first). `fps`, `min_frames` and `max_frames` say how many frames of a video are looked at. `allow_remote_media`:
+    whether https URLs are fetched (see `remote.fetch`).
     """
 
     patch_size: int = 16
@@ -46,6 +47,7 @@ class VisionSettings:
     image_max_pixels: int = 16777216
     video_min_pixels: int = 4096
     video_max_pixels: int = 25165824
+    min_pixels: int | None = None
     max_pixels: int | None = None
     fps: float = 2.0
     min_frames: int = 4
@@ -60,12 +62,15 @@ class VisionSettings:
     def changed(
         self,
         *,
+        min_pixels: int | None = None,
         max_pixels: int | None = None,
         fps: float | None = None,
         max_frames: int | None = None,
         allow_remote_media: bool | None = None,
     ) -> VisionSettings:
-        """With what a user asks for; None leaves a value as it is. UserError for what is too small."""
+        """With what a user asks for; None leaves a value as it is. UserError for what is too small, or no number."""
+        whole = {"min_pixels": min_pixels, "max_pixels": max_pixels, "max_frames": max_frames}
+        whole = {name: _whole(value, name) for name, value in whole.items() if value is not None}
         if max_pixels is not None and max_pixels < self.factor**2:
             raise UserError(
                 f"max_pixels is {max_pixels}; it must be at least {self.factor**2}, one {self.factor} x {self.factor} tile"
@@ -73,8 +78,8 @@ class VisionSettings:
         fps = None if fps is None else _rate(fps, "fps")
         if max_frames is not None and max_frames < self.temporal_patch_size:
             raise UserError(f"max_frames is {max_frames}; it must be at least {self.temporal_patch_size}")
-        given = {"max_pixels": max_pixels, "fps": fps, "max_frames": max_frames, "allow_remote_media": allow_remote_media}
-        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+        other = {"fps": fps, "allow_remote_media": allow_remote_media}
+        return dataclasses.replace(self, **whole, **{name: value for name, value in other.items() if value is not None})
 
     @classmethod
     def from_directory(cls, directory: epath.PathLike | None, vision: VisionConfig) -> VisionSettings:
@@ -131,9 +136,9 @@ def _areas(raw: dict, kind: str, where: str) -> dict[str, int]:
 
 
 def _whole(value: Any, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
         raise UserError(f"{where} is {value!r:.60}; expected a whole number, 1 or more")
-    return value
+    return int(value)
 
 
 def _rate(value: Any, where: str) -> float:

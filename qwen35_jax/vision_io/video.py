@@ -28,12 +28,16 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 
 @dataclasses.dataclass(frozen=True)
 class Clip:
-    """A video before it is sampled: `count` frames at `fps`; `frames(indices)` yields those (rising), uint8 [H, W, 3]."""
+    """A video before it is sampled: `count` frames at `fps`; `frames(indices)` yields those (rising), uint8 [H, W, 3].
+
+    `wanted` is how many a second are looked at, where that is asked for with the video.
+    """
 
     count: int
     fps: float
     size: tuple[int, int]
     frames: Callable[[Sequence[int]], Iterator[np.ndarray]]
+    wanted: float | None = None
 
 
 class EndsEarlyError(UserError):
@@ -51,7 +55,8 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
         source: a path of a file (through PyAV), a base64 data: URL with one, a path of a folder of pictures in the order of their
             names, or frames: uint8 [T, H, W, 3], or a list of images as `read_image` takes them.
         settings: how many frames are looked at, and how large.
-        fps: of the source, for frames and folders; files know theirs. Default: 24.
+        fps: of the source, for frames and folders; default: 24. Beside a file, which knows its own, it is what Qwen's examples
+            mean by it: how many frames a second are looked at, in place of settings.fps.
 
     Raises UserError, one line, for what is no video, has no frames, is too large or is damaged.
     """
@@ -75,7 +80,7 @@ def _looked_at(clip: Clip, settings: VisionSettings) -> tuple[np.ndarray, list[i
     if not clip.count:
         raise UserError("it has no frames")
     check_pixels(*clip.size)
-    indices = sample_frames(clip.count, clip.fps, settings)
+    indices = sample_frames(clip.count, clip.fps, settings.changed(fps=clip.wanted))
     size = video_size(len(indices), *clip.size, settings)
     frames = np.empty((len(indices), *size, 3), np.uint8)
     for i, frame in enumerate(clip.frames(indices)):
@@ -117,9 +122,7 @@ def _clip(source: Any, fps: float | None) -> Clip:
             frames = _in_order(path) if path.is_dir() else None
         if frames is not None:
             return _pictures(frames, fps or UNKNOWN_FPS)
-        if fps is not None:
-            raise UserError("fps of the source is for frames and folders; a file knows its own")
-        return _file_clip(path)
+        return dataclasses.replace(_file_clip(path), wanted=fps)
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 4 or source.shape[3] != 3:
             raise UserError(f"frames must be uint8 [T, H, W, 3], not {source.dtype} {list(source.shape)}")

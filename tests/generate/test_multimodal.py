@@ -11,7 +11,7 @@ from PIL import Image
 
 import qwen35_jax
 from qwen35_jax import UserError
-from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
+from qwen35_jax.generate.multimodal import content_with_pictures
 from qwen35_jax.model import FrameQueue, vision_positions
 from qwen35_jax.vision_io import Picture, Visual, collect_pictures, expand
 from tests.vision_checkpoint import IMAGE, VIDEO, picture, write_checkpoint
@@ -114,6 +114,21 @@ def test_settings_of_a_call(seeing):
     assert seeing.prepare(clip, fps=5, max_frames=4).visuals[0].grid[0] == 2
 
 
+def test_what_a_part_says_about_its_picture(seeing):
+    """Its limits hold beside those of the call, whichever is smaller."""
+
+    def tokens(part: dict, **options) -> int:
+        return seeing.prepare(user(part), **options).visuals[0].tokens
+
+    still = image(picture(64, 64))
+    assert tokens(still | {"max_pixels": 1024}) == tokens(still | {"max_pixels": 2048}, max_pixels=1024) == 16
+    assert tokens(still | {"max_pixels": 1024}, max_pixels=2048) == 16
+    assert tokens(image(picture(8, 8)) | {"min_pixels": 1024}) == 16
+    clip = {"type": "video", "video": np.zeros((40, 8, 8, 3), np.uint8), "fps": 10}
+    assert tokens(clip | {"max_frames": 4}) == tokens(clip | {"max_frames": 6}, max_frames=4) == 2
+    assert tokens(clip | {"min_pixels": 256}) == 4 * tokens(clip)
+
+
 def test_the_tower_is_loaded_when_a_picture_comes(tmp_path):
     """And so are the files about its pictures, which need not be right for a prompt of text."""
     processor = write_checkpoint(tmp_path / "model") / "preprocessor_config.json"
@@ -148,6 +163,13 @@ def test_wrong_prompts(seeing, blind):
     _wrong(user(image("https://example.com/a.png")), "remote URLs are not fetched", seeing)
     _wrong(user(image(b"text")), "is no image that can be read", seeing)
     _wrong(user({"type": "video", "video": np.zeros((0, 8, 8, 3), np.uint8)}), "it has no frames", seeing)
+    clip = {"type": "video", "video": "a.mp4"}
+    _wrong(user(clip | {"nframes": 4}), r"messages\[0\].content\[0\]: nframes is not done for videos; there are min_", seeing)
+    _wrong(user(image(picture()) | {"resized_height": 64}), "resized_height is not done for images", seeing)
+    _wrong(user(image(picture()) | {"fps": 2}), "fps is not done for images; there are min_pixels, max_pixels", seeing)
+    _wrong(user(clip | {"max_pixels": 1.5}), r"content\[0\]: max_pixels is 1.5; expected a whole number", seeing)
+    _wrong(user(clip | {"max_pixels": 9, "min_pixels": 10}), "min_pixels is 10, more than max_pixels, 9", seeing)
+    _wrong(user(clip | {"max_pixels": 3}), "video a.mp4: max_pixels is 3; it must be at least 64", seeing)
     _wrong([{"role": "system", "content": [image(picture())]}, *user("Hi")], "cannot contain images", seeing)
     _wrong(user(image(picture())), "max_pixels is 3", seeing, max_pixels=3)
     _wrong("Hello", "max_pixels is for chats", seeing, max_pixels=4096)
@@ -189,6 +211,8 @@ def test_marks_in_a_prompt():
 def test_collecting_leaves_text_alone():
     plain = user("Hello")
     assert collect_pictures(plain) == (plain, []) and collect_pictures(plain)[0] is plain
-    bare, pictures = collect_pictures(user("x", {"video": "a.mp4", "fps": 3}))
-    assert bare[0]["content"][1] == {"type": "video"} and pictures == [Picture("video", "a.mp4", 3)]
-    assert isinstance(Prepared([1]).visuals, tuple)
+    chat = user("x", {"video": "a.mp4", "fps": 3, "max_pixels": 4096})
+    bare, pictures = collect_pictures(chat)
+    assert bare[0]["content"][1] == {"type": "video"} and pictures == [Picture("video", "a.mp4", 3, max_pixels=4096)]
+    assert bare[0]["content"][0] == chat[0]["content"][0] and bare[0]["role"] == "user"
+    assert chat[0]["content"][1]["video"] == "a.mp4"  # the caller's own is as it was

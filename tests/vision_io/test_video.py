@@ -15,6 +15,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.vision_io import (
     VisionSettings,
+    image_size,
     image_visual,
     patch_seconds,
     read_image,
@@ -116,6 +117,14 @@ def test_a_frame_has_a_budget():
     assert video_size(2, 40, 60, SETTINGS.changed(max_pixels=1024)) == (32, 32)
 
 
+def test_a_frame_has_a_least_size():
+    settings = SETTINGS.changed(min_pixels=160 * 160)
+    assert video_size(4, 64, 64, settings) == (160, 160) and image_size(64, 64, settings) == (160, 160)
+    assert image_size(64, 64, SETTINGS) == (256, 256)
+    assert video_size(4, 480, 640, settings) == (480, 640)
+    assert video_size(4, 64, 64, settings.changed(max_pixels=96 * 96)) == (96, 96)
+
+
 def test_one_frame_and_an_image_are_cut_alike():
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
     image, video = image_visual(pixels, SETTINGS), video_visual(pixels[None], (0.0,), SETTINGS)
@@ -190,7 +199,15 @@ def test_settings_that_are_not_done_here(tmp_path, name, raw, message):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"max_pixels": 1000}, "max_pixels is 1000"), ({"fps": 0.0}, "fps is 0.0"), ({"max_frames": 1}, "max_frames is 1")],
+    [
+        ({"max_pixels": 1000}, "max_pixels is 1000"),
+        ({"max_pixels": "1000"}, "max_pixels is '1000'; expected a whole number"),
+        ({"max_pixels": 4096.5}, "max_pixels is 4096.5; expected a whole number"),
+        ({"min_pixels": 0}, "min_pixels is 0; expected a whole number"),
+        ({"fps": 0.0}, "fps is 0.0"),
+        ({"fps": "2"}, "fps is '2'"),
+        ({"max_frames": 1}, "max_frames is 1"),
+    ],
 )
 def test_settings_that_cannot_be(change, message):
     with pytest.raises(UserError, match=message):
@@ -247,8 +264,17 @@ def test_bad_files(tmp_path):
         with pytest.raises(UserError, match=message) as error:
             read_video(path, SETTINGS)
         assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="a file knows its own"):
-        read_video(whole, SETTINGS, fps=4)
+
+
+def test_fps_beside_a_file(tmp_path):
+    """A file knows its own: it is how many frames a second are looked at."""
+    write_video(tmp_path / "a.mp4", 20)
+    for settings, fps in ((SETTINGS, 4.0), (SETTINGS.changed(fps=1), 4)):
+        frames, seconds = read_video(tmp_path / "a.mp4", settings, fps)
+        assert len(frames) == 10
+        assert seconds == read_video(tmp_path / "a.mp4", SETTINGS.changed(fps=4))[1]
+    with pytest.raises(UserError, match="its fps is 'many'"):
+        read_video(tmp_path / "a.mp4", SETTINGS, "many")
 
 
 def cut(data: bytes, first: int, count: int, fps: int = 8) -> bytes:
