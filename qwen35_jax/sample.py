@@ -19,7 +19,7 @@ import jax
 from absl import flags
 
 from qwen35_jax import hosts
-from qwen35_jax.config import PRESETS
+from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
 from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
@@ -28,7 +28,7 @@ from qwen35_jax.ops.forms import KERNEL_CHOICES
 from qwen35_jax.ops.moe import MOE_CHOICES
 from qwen35_jax.sharding import together
 from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
-from qwen35_jax.vision_io import Picture
+from qwen35_jax.vision_io import Picture, VisionSettings, check_source, collect_pictures, is_folder
 
 USAGE = """
 Writes text with a Qwen3.5 model.
@@ -77,9 +77,12 @@ VIDEO = flags.DEFINE_multi(
     [],
     "video file or folder of frames, in place of the next <video>, or in front; repeatable",
 )
-MAX_PIXELS = flags.DEFINE_integer("max_pixels", None, "most pixels of an image, and of a video's frame; larger ones shrink")
+MAX_PIXELS = flags.DEFINE_integer(
+    "max_pixels", None, "most pixels of an image, and of a video's frame; larger ones shrink", lower_bound=1
+)
 FPS = flags.DEFINE_float("fps", None, "frames of a video that are looked at, a second; default: as the checkpoint has it, or 2")
 MAX_FRAMES = flags.DEFINE_integer("max_frames", None, "most frames of a video that are looked at; default: 768")
+FRAME_RATE = flags.DEFINE_float("frame_rate", None, "frames a second of a --video FOLDER; default: 24", lower_bound=0.001)
 REMOTE = flags.DEFINE_bool("allow_remote_media", False, "fetch https URLs of --image and --video: public hosts, no redirects")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'one prompt a line, or .jsonl with {"prompt": …} or {"messages": […]}')
 CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit; /image FILE shows one")
@@ -120,6 +123,7 @@ def main(arguments: list[str]) -> None:
     """Flags to options, one call, and the printing of what comes."""
     _check(arguments)
     prompts = [] if CHAT.value else _prompts()
+    _check_pictures(prompts)
     if PROFILE.value is not None:
         _make_writable(PROFILE.value)
     with hosts.joined(MESH.value):
@@ -186,10 +190,6 @@ def _check(arguments: list[str]) -> None:
             "--image and --video go with --prompt; in a .jsonl file pictures are parts of messages",
         ),
         (_pictures() and len(PROMPT.value) > 1, "--image and --video go with one --prompt"),
-        (
-            _vision() and not (_pictures() or CHAT.value or PROMPTS_FILE.value),
-            "--max_pixels, --fps, --max_frames and --allow_remote_media are for pictures: give --image or --video",
-        ),
         (CHAT.value and hosts.COORDINATOR.value, "--chat reads one terminal: it does not go with --coordinator"),
     )
     for wrong, message in exclusive:
@@ -200,8 +200,48 @@ def _check(arguments: list[str]) -> None:
 
 def _pictures() -> list[Picture]:
     """In the order of the command line."""
-    numbered = [(number, Picture(flag.name, path)) for flag in (IMAGE, VIDEO) for number, path in flag.value]
+    numbered = [(number, _picture(flag.name, path)) for flag in (IMAGE, VIDEO) for number, path in flag.value]
     return [picture for _, picture in sorted(numbered, key=lambda pair: pair[0])]
+
+
+def _picture(kind: str, source: str) -> Picture:
+    folder = kind == "video" and FRAME_RATE.value is not None and is_folder(source)
+    return Picture(kind, source, FRAME_RATE.value if folder else None)
+
+
+def _check_pictures(prompts: list[tuple[str, str | list]]) -> None:
+    """Looks at the prompts' pictures, and at the flags about them, for what can be wrong before a model is loaded."""
+    _check_numbers()
+    if CHAT.value:
+        return
+    pictures = []
+    for where, prompt in prompts:
+        with _about(where):
+            own = collect_pictures(prompt)[1]
+            for picture in own:
+                check_source(picture, REMOTE.value)
+        pictures += own
+    videos = [p for p in pictures if p.kind == "video"]
+    if not pictures and (_vision() or FRAME_RATE.value is not None):
+        names = "--max_pixels, --fps, --max_frames, --frame_rate and --allow_remote_media"
+        raise UserError(f"{names} are for pictures, and there are none: give --image or --video, or messages with pictures")
+    if not videos and (FPS.value is not None or MAX_FRAMES.value is not None):
+        raise UserError("--fps and --max_frames are for videos, and there is none: give --video, or leave them out")
+    if FRAME_RATE.value is not None and not any(is_folder(path) for _, path in VIDEO.value):
+        raise UserError("--frame_rate is that of a folder of frames: give one behind --video; files know their own")
+
+
+def _check_numbers() -> None:
+    """--fps and --max_frames; and --max_pixels, where the model's patches are known: not of a hub id, and not in a bucket."""
+    given, config = _vision(), None
+    if CHECKPOINT.value is None:
+        config = ModelConfig.preset(MODEL.value or "tiny")
+    elif given and os.path.isfile(os.path.join(_checkpoint(), "config.json")):
+        config = ModelConfig.from_hf(_checkpoint())
+    if config is not None and config.vision is not None:
+        VisionSettings.from_directory(None, config.vision).changed(**given)
+    else:
+        VisionSettings().changed(**{name: value for name, value in given.items() if name != "max_pixels"})
 
 
 def _vision() -> dict:
@@ -254,11 +294,18 @@ def _prepare(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[P
     """Token ids and patches; UserError names the place of a prompt that cannot be used."""
     ready = []
     for where, prompt in prompts:
-        try:
+        with _about(where):
             ready.append(lm.prepare(prompt, enable_thinking=THINK.value, preset=PRESET.value, **_vision()))
-        except UserError as error:
-            raise UserError(f"{where}: {error}" if where else str(error)) from error
     return ready
+
+
+@contextlib.contextmanager
+def _about(where: str) -> Iterator[None]:
+    """Puts the place of a prompt, if it has one, in front of what is wrong with it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}" if where else str(error)) from error
 
 
 def print_json(lm: LanguageModel, prompts: list, options: dict) -> None:

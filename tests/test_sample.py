@@ -15,10 +15,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from qwen35_jax.config import ASSETS
+from qwen35_jax.config import ASSETS, ModelConfig
 from qwen35_jax.text import ChatTemplate, Tokenizer
+from qwen35_jax.vision_io import Picture, VisionSettings, expand, read_picture
 from tests.forked import FAST, run_all
-from tests.vision_checkpoint import picture, write_checkpoint
+from tests.vision_checkpoint import picture, write_checkpoint, write_video
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden" / "moe"
@@ -134,6 +135,31 @@ def test_pictures_without_a_prompt(seeing):
     assert [part.get("image") or part["video"] for part in content[:-1]] == [first, folder, second]
 
 
+def test_how_videos_are_looked_at(seeing, tmp_path):
+    """A file by --fps and --max_frames; a folder of frames by the rate that is said to be theirs."""
+    film, folder = tmp_path / "a.mp4", tmp_path / "frames"
+    write_video(film, 20)  # 8 a second
+    folder.mkdir()
+    for i in range(12):
+        Image.fromarray(picture(16, 24, i)).save(folder / f"{i}.png")
+    common = ["--checkpoint", str(seeing), "--max_new_tokens", "1", "--json"]
+    cases = [["--video", str(film), "--fps", "4"], ["--video", str(film), "--fps", "4", "--max_frames", "6"]]
+    cases.append(["--video", str(folder), "--frame_rate", "4"])
+    settings = VisionSettings.from_directory(seeing, ModelConfig.from_hf(seeing).vision)
+    read = [
+        read_picture(Picture("video", str(film)), settings.changed(fps=4)),
+        read_picture(Picture("video", str(film)), settings.changed(fps=4, max_frames=6)),
+        read_picture(Picture("video", str(folder), 4), settings),
+    ]
+    assert [visual.grid[0] for visual in read] == [5, 3, 3] and read[2].seconds == (0.25, 1.375, 2.5)
+    done = run_all("qwen35_jax.sample", [common + case for case in cases], tmp_path, **FAST)
+    for case, visual in zip(done, read, strict=True):
+        assert case.returncode == 0, case.stderr
+        record = json.loads(case.stdout)
+        text = expand(ChatTemplate.from_directory(seeing).render(record["prompt"]), [visual])
+        assert record["prompt_tokens"] == len(Tokenizer.from_directory(seeing).encode(text))
+
+
 def test_images_in_a_chat(seeing):
     """What is wrong with a picture is said when it is shown; the next message is about those that are right."""
     lines = f"/image {seeing.parent / '0.png'}\n/image /nowhere.png\n/image\nWhat is it?\n/exit\n"
@@ -196,7 +222,22 @@ WRONG = [
     (["--image", "a.png", "--prompts_file", "chat.jsonl"], "pictures are parts of messages"),
     (["--image", "a.png", "--prompt", "a", "--prompt", "b"], "go with one --prompt"),
     (["--image", "a.png", "--prompt", "<image> and <image>"], "2 <image> marks for 1 images"),
-    (["--max_pixels", "4096"], "are for pictures"),
+    (["--max_pixels", "4096"], "are for pictures, and there are none"),
+    (["--max_pixels", "4096", "--prompts_file", "chat.jsonl"], "are for pictures, and there are none"),
+    (["--frame_rate", "4", "--prompt", "a"], "are for pictures, and there are none"),
+    (["--fps", "1", "--image", "a.png"], "--fps and --max_frames are for videos, and there is none"),
+    (["--max_frames", "8", "--prompts_file", "shown.jsonl"], "--fps and --max_frames are for videos, and there is none"),
+    (["--frame_rate", "4", "--image", "a.png"], "--frame_rate is that of a folder of frames"),
+    (["--frame_rate", "0", "--video", "empty"], "frame_rate"),
+    # What follows is said before the model is looked for.
+    (["--checkpoint", "absent", "--image", "absent.png"], "image absent.png: there is no such file"),
+    (["--checkpoint", "absent", "--image", "empty"], "image empty: that is a directory"),
+    (["--checkpoint", "absent", "--image", "https://example.com/a.png"], "remote URLs are not fetched"),
+    (["--checkpoint", "absent", "--video", "absent.mp4"], "video absent.mp4: there is no such file"),
+    (["--checkpoint", "absent", "--prompts_file", "lost.jsonl"], "lost.jsonl line 1: image lost.png: there is no such file"),
+    (["--checkpoint", "absent", "--video", "empty", "--fps", "-1"], "fps is -1.0"),
+    (["--checkpoint", "absent", "--video", "empty", "--max_frames", "1"], "max_frames is 1"),
+    (["--model", "0.8b", "--image", "a.png", "--max_pixels", "1000"], "max_pixels is 1000; it must be at least 1024"),
 ]
 
 
@@ -209,6 +250,12 @@ def refusals(tmp_path_factory) -> dict[str, subprocess.CompletedProcess]:
     (cwd / "half.jsonl").write_text('{"prompt": "a"}\n{"prompt": "\\ud800"}\n')
     (cwd / "long.jsonl").write_text(json.dumps({"prompt": "1 " * 9000}))
     (cwd / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}')
+    Image.fromarray(picture()).save(cwd / "a.png")
+    for name in ("a", "lost"):
+        parts = [{"type": "image", "image": f"{name}.png"}]
+        (cwd / f"{'shown' if name == 'a' else name}.jsonl").write_text(
+            json.dumps({"messages": [{"role": "user", "content": parts}]})
+        )
     cases = [arguments for arguments, _ in WRONG]
     return {" ".join(done.args): done for done in run_all("qwen35_jax.sample", cases, cwd)}
 

@@ -1,4 +1,4 @@
-"""A checkpoint that sees, for tests without torch: small random weights, the packaged model's tokenizer, small pictures."""
+"""A checkpoint that sees, for tests without torch: small random weights, the packaged tokenizer, small pictures and videos."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from qwen35_jax.config import ASSETS
 from tests.checkpoint.synthetic import canonical_tensors, hf_config, write
@@ -30,3 +31,15 @@ def write_checkpoint(directory: Path, layers: int = 4, vision: bool = True) -> P
 
 def picture(height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def write_video(path, count: int, size: tuple[int, int] = (64, 96), fps: int = 8) -> None:
+    """Frame i is grey, ten times i; one in twelve stands for itself, the others say what changes."""
+    av = pytest.importorskip("av", reason="reading video files needs PyAV (av)")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps, options={"sc_threshold": "1000000000"})
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 10_000_000
+        for i in range(count):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * i, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())

@@ -42,11 +42,16 @@ def content_with_pictures(text: str, pictures: Sequence[Picture]) -> str | list[
         if marks and marks != len(own):
             raise UserError(f"the prompt has {marks} <{kind}> marks for {len(own)} {kind}s: write as many, or none")
     unmarked = [p for p in pictures if f"<{p.kind}>" not in pieces]
-    parts = [{"type": p.kind, p.kind: p.source} for p in unmarked]
+    parts = [_part(p) for p in unmarked]
     for piece in filter(None, pieces):
         kind = piece[1:-1] if piece in ("<image>", "<video>") else None
-        parts.append({"type": kind, kind: waiting[kind].pop(0).source} if kind else {"type": "text", "text": piece})
+        parts.append(_part(waiting[kind].pop(0)) if kind else {"type": "text", "text": piece})
     return parts
+
+
+def _part(picture: Picture) -> dict[str, Any]:
+    """As a message names it."""
+    return {"type": picture.kind, picture.kind: picture.source} | ({} if picture.fps is None else {"fps": picture.fps})
 
 
 def as_pictures(images: Sequence, videos: Sequence) -> list[Picture]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import dataclasses
 import io
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -104,13 +106,26 @@ def _opened(source: Any, name: str) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=FORMATS)
 
 
+def check_image_file(path: epath.Path) -> None:
+    """UserError where there is no such file, or one that is too large to be an image."""
+    with readable(path):
+        if path.is_dir():
+            raise UserError("that is a directory; give a file (frames of a video go behind --video)")
+        _check_bytes(path.stat().length)
+
+
 def _file(path: epath.Path) -> bytes:
+    check_image_file(path)
+    with readable(path):
+        return path.read_bytes()
+
+
+@contextlib.contextmanager
+def readable(path: epath.Path) -> Iterator[None]:
+    """UserError where what is inside fails because the path leads to nothing that can be read."""
     with reachable(path):
         try:
-            if path.is_dir():
-                raise UserError("that is a directory; give a file (frames of a video go behind --video)")
-            _check_bytes(path.stat().length)
-            return path.read_bytes()
+            yield
         except FileNotFoundError as error:
             raise UserError("there is no such file") from error
         except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 import re
 import tempfile
@@ -13,12 +14,12 @@ from typing import Any
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io.images import MAX_BYTES, Copy, describe, read_image
+from qwen35_jax.vision_io.images import MAX_BYTES, Copy, check_image_file, describe, local_path, read_image
 from qwen35_jax.vision_io.patches import Visual, image_visual, video_visual
 from qwen35_jax.vision_io.remote import fetch, is_remote
 from qwen35_jax.vision_io.resize import image_size, resize
 from qwen35_jax.vision_io.settings import VisionSettings
-from qwen35_jax.vision_io.video import read_video
+from qwen35_jax.vision_io.video import check_video_file, is_folder, read_video
 
 START, END = "<|vision_start|>", "<|vision_end|>"
 PADS = {"image": "<|image_pad|>", "video": "<|video_pad|>"}
@@ -52,8 +53,9 @@ def collect_pictures(messages: Any) -> tuple[Any, list[Picture]]:
 
     A picture is a part of a message's content, as OpenAI and the published templates have it: {"type": "image", "image": X},
     {"type": "image_url", "image_url": {"url": X}}, {"type": "video", "video": X}, or video_url; X is whatever `read_image` and
-    `read_video` take. Beside it may stand min_pixels and max_pixels, and beside a video fps (as `read_video` has it) and
-    max_frames. UserError, with its place, for a part without a source, and for what else Qwen's tools know beside one.
+    `read_video` take, or the Visual that was made of one before. Beside it may stand min_pixels, max_pixels, and beside a video
+    fps (as `read_video` has it) and max_frames. UserError, with its place, for a part without a source, and for what else Qwen's
+    tools know beside one.
     """
     pictures: list[Picture] = []
 
@@ -121,8 +123,31 @@ def _changed(settings: VisionSettings, picture: Picture) -> VisionSettings:
         raise UserError(f"{picture.kind} {describe(picture.source)}: {error}") from error
 
 
+def check_source(picture: Picture, allow_remote_media: bool) -> None:
+    """UserError for what is wrong with a picture before it is read: a file that is not there, or is too large, a URL that is not
+    fetched, a video file without PyAV."""
+    several = isinstance(picture.source, list | tuple)
+    film = picture.kind == "video" and not several
+    for source in picture.source if several else [picture.source]:
+        elsewhere = isinstance(source, str) and (source.startswith("data:") or (allow_remote_media and is_remote(source)))
+        if elsewhere or not isinstance(source, str | os.PathLike):
+            continue
+        try:
+            path = local_path(source)
+            if not film:
+                check_image_file(path)
+            elif not is_folder(source):
+                check_video_file(path)
+        except UserError as error:
+            raise UserError(f"{picture.kind} {describe(source)}: {error}") from error
+
+
 def read_picture(picture: Picture, settings: VisionSettings) -> Visual:
-    """Reads, resizes and cuts an image or a video. UserError, one line, for whatever is wrong with it."""
+    """Reads, resizes and cuts an image or a video, if it is no Visual yet. UserError, one line, for whatever is wrong with it."""
+    if isinstance(picture.source, Visual):
+        if picture.source.kind != picture.kind:
+            raise UserError(f"what is given as {picture.kind} was read as {picture.source.kind}")
+        return picture.source
     settings = _changed(settings, picture)
     with _fetched(picture, settings) as source:
         if picture.kind == "video":

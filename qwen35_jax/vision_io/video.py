@@ -16,7 +16,8 @@ from etils import epath
 
 from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
-from qwen35_jax.vision_io.images import check_pixels, data_url_bytes, describe, local_path, read_image
+from qwen35_jax.vision_io.images import check_pixels, data_url_bytes, describe, local_path, read_image, readable
+from qwen35_jax.vision_io.remote import is_remote
 from qwen35_jax.vision_io.resize import resize, video_size
 from qwen35_jax.vision_io.settings import VisionSettings
 
@@ -118,9 +119,9 @@ def _clip(source: Any, fps: float | None) -> Clip:
         raise UserError(f"its fps is {fps!r:.40}; it must be above 0")
     if isinstance(source, str | os.PathLike):
         path = local_path(source)
-        with reachable(path):
-            frames = _in_order(path) if path.is_dir() else None
-        if frames is not None:
+        if is_folder(source):
+            with reachable(path):
+                frames = _in_order(path)
             return _pictures(frames, fps or UNKNOWN_FPS)
         return dataclasses.replace(_file_clip(path), wanted=fps)
     if isinstance(source, np.ndarray):
@@ -158,16 +159,29 @@ def _pictures(sources: list, fps: float) -> Clip:
     return Clip(len(sources), fps, size, frames)
 
 
-def _file_clip(path: epath.Path) -> Clip:
+def is_folder(source: Any) -> bool:
+    """Whether a video is a folder of frames, which have no rate of their own. UserError where that cannot be found out."""
+    if not isinstance(source, str | os.PathLike) or is_remote(source) or os.fspath(source).startswith("data:"):
+        return False
+    path = local_path(source)
+    with reachable(path):
+        return path.is_dir()
+
+
+def check_video_file(path: epath.Path) -> None:
+    """UserError where there is no such file, or one that is too large, and where there is nothing to read it with."""
     if "://" in os.fspath(path):
         raise UserError("video files are read from local disks: copy it here first")
-    av = _pyav()
-    try:
+    _pyav()
+    with readable(path):
         length = path.stat().length
-    except FileNotFoundError as error:
-        raise UserError("there is no such file") from error
     if length > MAX_FILE_BYTES:
         raise UserError(f"it has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+
+
+def _file_clip(path: epath.Path) -> Clip:
+    check_video_file(path)
+    av = _pyav()
     try:
         with _opened(av, path) as container:
             stream = container.streams.video[0]

@@ -25,21 +25,11 @@ from qwen35_jax.vision_io import (
     video_visual,
 )
 from qwen35_jax.vision_io import video as video_module
+from tests.vision_checkpoint import write_video
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV (av)")
 
 SETTINGS = VisionSettings()
-
-
-def write_video(path, count: int, size: tuple[int, int] = (64, 96), fps: int = 8) -> None:
-    """Frame i is grey, ten times i; one in twelve stands for itself, the others say what changes."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=fps, options={"sc_threshold": "1000000000"})
-        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 10_000_000
-        for i in range(count):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * i, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 def grey(count: int, size: tuple[int, int] = (64, 96)) -> np.ndarray:
