@@ -169,6 +169,42 @@ def test_images_in_a_chat(seeing):
     assert "error: image /nowhere.png: there is no such file" in done.stderr and "error: /image needs a file" in done.stderr
 
 
+def test_what_is_typed_in_a_chat(seeing, tmp_path):
+    """Paths as in a shell or as they are; what was shown outlives an error; commands that there are not; a path is a message."""
+    Image.fromarray(picture()).save(tmp_path / "my cat's.png")
+    whole = f"{tmp_path}/my cat's.png"
+    paths = (whole, f'"{whole}"', whole.replace(" ", "\\ ").replace("'", "\\'"), "~/my cat's.png", '"~/my cat\'s.png"')
+    lines = [f"/image {path}" for path in paths] + [
+        "Is <image> it?",
+        "Or <image>?",
+        "/imgae x",
+        "/exit now",
+        "/etc/hosts is what?",
+    ]
+    home = FAST | {"HOME": str(tmp_path)}
+    done = run("--checkpoint", str(seeing), "--chat", "--max_new_tokens", "1", stdin="\n".join(lines), settings=home)
+    assert done.returncode == 0, done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    marks = "error: the prompt has 1 <image> marks for 5 images: write as many, or none"
+    commands = "is no command; there are /image FILE, /video FILE, /reset and /exit"
+    assert errors == [marks, marks, f"error: /imgae x {commands}", f"error: /exit now {commands}"]
+
+
+def test_a_picture_in_a_chat_is_read_once(seeing, tmp_path):
+    """The file may go while it is talked about."""
+    shutil.copy(seeing.parent / "0.png", tmp_path / "0.png")
+    process = subprocess.Popen(
+        command("--checkpoint", str(seeing), "--chat", "--max_new_tokens", "1"),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | FAST,
+    )  # fmt: skip
+    process.stdin.write(f"/image {tmp_path / '0.png'}\n")
+    process.stdin.flush()
+    assert process.stdout.read(4) == "> > "  # it has been shown
+    (tmp_path / "0.png").unlink()
+    _, errors = process.communicate("What is it?\nAnd now?\n/exit\n", timeout=400)
+    assert process.returncode == 0 and "error" not in errors, errors
+
+
 WRONG = [
     (["--frobnicate"], "frobnicate"),
     (["--model", "7b"], "0.8b"),

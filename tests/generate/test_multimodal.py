@@ -78,6 +78,7 @@ def test_sources_say_the_same(seeing, tmp_path):
     prompts = [user(image(x), "What?") for x in (pixels, Image.fromarray(pixels), str(tmp_path / "a.png"), file.getvalue(), url)]
     prompts.append(user({"type": "image_url", "image_url": {"url": url}}, "What?"))
     prompts.append(user({"type": "image_url", "image_url": url}, "What?"))
+    prompts.append(user(image(seeing.prepare(prompts[0]).visuals[0]), "What?"))
     ready = [seeing.prepare(p) for p in prompts]
     assert ready[0].token_ids.count(IMAGE) == 6
     for other in ready[1:]:
@@ -160,6 +161,8 @@ def test_wrong_prompts(seeing, blind):
     _wrong(user({"type": "image"}), r"messages\[0\].content\[0\] holds no image", seeing)
     _wrong(user({"type": "image_url", "image_url": {}}), "holds no image", seeing)
     _wrong(user({"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}), "remote URLs are not fetched", seeing)
+    shown = seeing.prepare(user(image(picture()))).visuals[0]
+    _wrong(user({"type": "video", "video": shown}), "what is given as video was read as image", seeing)
     _wrong(user(image("https://example.com/a.png")), "remote URLs are not fetched", seeing)
     _wrong(user(image(b"text")), "is no image that can be read", seeing)
     _wrong(user({"type": "video", "video": np.zeros((0, 8, 8, 3), np.uint8)}), "it has no frames", seeing)
