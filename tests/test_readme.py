@@ -25,5 +25,5 @@ def test_flags_of_the_commands_exist():
         files += ["hosts.py"] if module in ("sample", "train") else []
         source = "".join((Path(__file__).parents[1] / "qwen35_jax" / file).read_text(encoding="utf-8") for file in files)
         for flag in re.findall(r"--(\w+)", line.split(f"qwen35_jax.{module}", 1)[1]):
-            defined = rf'DEFINE_\w+\(\s*"{flag}"'
+            defined = rf'DEFINE_\w+\([^"]*"{flag}"'  # the first text in it
             assert re.search(defined, source), f"README: {module} has no flag --{flag}"
