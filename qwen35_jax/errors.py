@@ -1,4 +1,4 @@
-"""The exception that stands for wrong input rather than a bug, and its forms: on hosts that have none, and for file systems."""
+"""The exception that stands for wrong input rather than a bug; its form on hosts that have none; file systems out of reach."""
 
 import contextlib
 import os
