@@ -14,7 +14,9 @@ from PIL import Image
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.vision_io import (
+    Picture,
     VisionSettings,
+    check_source,
     image_size,
     image_visual,
     patch_seconds,
@@ -328,5 +330,20 @@ def test_a_file_system_that_cannot_be_reached(monkeypatch, error):
 def test_without_pyav(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_text("")
     monkeypatch.setattr(video_module.importlib, "import_module", lambda name: (_ for _ in ()).throw(ImportError(name)))
-    with pytest.raises(UserError, match=r"needs PyAV: pip install 'qwen35_jax\[video\]'"):
-        read_video(tmp_path / "a.mp4", SETTINGS)
+    for read in (lambda path: read_video(path, SETTINGS), lambda path: check_source(Picture("video", path), False)):
+        with pytest.raises(UserError, match=r"a.mp4: reading video files needs PyAV: pip install 'qwen35_jax\[video\]'"):
+            read(tmp_path / "a.mp4")
+
+
+def test_what_is_seen_of_a_source_before_it_is_read(tmp_path):
+    """Frames are looked for one by one; what is no file's name is left for later."""
+    Image.fromarray(np.ascontiguousarray(grey(1)[0])).save(tmp_path / "0.png")
+    frames = [str(tmp_path / "0.png"), str(tmp_path / "1.png")]
+    for source in (frames[:1], tmp_path, grey(2), "data:video/mp4;base64,AAAA"):
+        check_source(Picture("video", source), False)
+    with pytest.raises(UserError, match=r"1\.png: there is no such file"):
+        check_source(Picture("video", frames), False)
+    remote = Picture("video", "https://example.com/a.mp4")
+    check_source(remote, True)
+    with pytest.raises(UserError, match=r"video https://example.com/a\.mp4: remote URLs are not fetched"):
+        check_source(remote, False)
