@@ -292,7 +292,7 @@ class LanguageModel:
         return SamplingParams(**(values | {k: v for k, v in overrides.items() if v is not None}))
 
     def stats(self) -> dict[str, Any]:
-        """Seconds, speeds, op forms and bytes of the last batch."""
+        """Seconds, speeds, op forms and bytes of the last batch; no forms before the first."""
         t = self.timing
         return {
             "load_seconds": self.load_seconds,
@@ -300,18 +300,23 @@ class LanguageModel:
             "prefill_seconds": t.prefill_seconds,
             "prefill_tokens": t.prefill_tokens,
             "decode_tokens_per_second": t.decode_tokens / t.decode_seconds if t.decode_seconds else None,
-            "forms": dataclasses.asdict(self.model.forms) | ({"moe": self._moe()} if self.config.num_experts else {}),
+            "forms": self._forms(),
             "weight_bytes_per_device": _bytes_per_device((self.params, self.vision and self.vision.encoder.params)),
             "state_bytes_per_device": self.state_bytes,
         }
 
-    def _moe(self) -> str:
-        """The form of the experts in the last batch's steps."""
+    def _forms(self) -> dict[str, str]:
+        """The form of each op that the last batch's steps had, with both where prefill and decode differ."""
         models = {"prefill": self.model, "decode": self.model.for_one_token()}
-        forms = {step: models[step].moe_form(tokens) for step, tokens in self.step_tokens.items()}
-        if len(set(forms.values())) <= 1:
-            return next(iter(forms.values()), self.model.forms.moe)
-        return ", ".join(f"{form} ({step})" for step, form in forms.items())
+        steps = {step: models[step].generation_forms(tokens) for step, tokens in self.step_tokens.items()}
+        found = {}
+        for op in next(iter(steps.values()), {}):
+            forms = {step: by_op[op] for step, by_op in steps.items()}
+            same = len(set(forms.values())) == 1
+            found[op] = forms["prefill"] if same else " and ".join(f"{form} ({step})" for step, form in forms.items())
+        if self.vision is None:
+            found.pop("vision_attention", None)
+        return found
 
 
 class _RowReader:

@@ -194,6 +194,12 @@ class Model:
         sizes = (tokens, c.num_experts, c.num_experts_per_tok, c.hidden_size, itemsize)
         return moe_form(self.forms.moe, self.sharding, *sizes, c.fp8_activations)
 
+    def generation_forms(self, tokens: int) -> dict[str, str]:
+        """What runs in a generation step of so many tokens of the whole batch, by op."""
+        rows = tokens // (self.sharding.size("B") * self.sharding.size("T"))
+        moe = {"moe": self.moe_form(tokens)} if self.config.num_experts else {}
+        return self.forms.in_generation(self.config, rows) | moe
+
     def head(self, params: dict) -> jax.Array:
         """The output matrix [V, D]."""
         if self.config.tie_word_embeddings:
@@ -203,7 +209,7 @@ class Model:
     @jax.named_scope("head")
     def logits(self, params: dict, hidden: jax.Array) -> jax.Array:
         """Hidden states after the final norm [B, T, D] -> float32 logits [B, T, V], V cut over `model`."""
-        logits = linear(hidden, self.head(params), "BTD,VD->BTV", out_dtype=jnp.float32, implementation=self.forms.linear)
+        logits = linear(hidden, self.head(params), "BTD,VD->BTV", out_dtype=jnp.float32)
         return self.sharding.constrain(logits, "B T V")
 
     def mtp_hidden(

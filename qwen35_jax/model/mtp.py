@@ -29,13 +29,13 @@ class MtpLayer(nnx.Module):
         self.hidden_norm = RMSNorm(config)
         self.layer = DecoderLayer(config, GatedAttention(config, sharding, forms), sharding, forms)
         self.norm = RMSNorm(config)
-        self.sharding, self.form = sharding, forms.linear
+        self.sharding = sharding
 
     @jax.named_scope("mtp")
     def __call__(self, hidden: jax.Array, embedding: jax.Array, inputs: Inputs, cache: dict | None = None):
         """hidden [B, T, D] of positions i, embedding [B, T, D] of tokens i+1 -> ([B, T, D] for the head, the layer's cache, the
         load of its experts or None)."""
         halves = zip((self.embedding_norm(embedding), self.hidden_norm(hidden)), self.fc.get_value(), strict=True)
-        x = sum(linear(a, w, "BTD,DM->BTM", implementation=self.form) for a, w in halves)
+        x = sum(linear(a, w, "BTD,DM->BTM") for a, w in halves)
         x, cache, load = self.layer(self.sharding.constrain(x, "B T D"), inputs, cache)
         return self.norm(x), cache, load

@@ -30,10 +30,10 @@ class Products:
 
     def __call__(self, x: jax.Array | Fp8Activation, w, spec: str, out_dtype=None) -> jax.Array:
         """linear(x, w, spec)."""
-        if isinstance(w, Fp8Operand) and self.forms.linear != "xla":
+        if isinstance(w, Fp8Operand) and self.forms.fp8_training_linear != "xla":
             return self._trained(x, w, spec, out_dtype)
         if not isinstance(w, Fp8Weight):
-            return linear(x, w, spec, out_dtype=out_dtype, implementation=self.forms.linear)
+            return linear(x, w, spec, out_dtype=out_dtype)
         if self.forms.fp8_linear == "xla" and not self.config.fp8_activations:
             return linear(x, w, spec, out_dtype=out_dtype)
         return self._sharded(x, w, spec, out_dtype)
@@ -59,7 +59,8 @@ class Products:
         in_specs, out_spec, partial = self._specs(w, spec)
 
         def local(x, w):
-            y = linear(x, dataclasses.replace(w, cuts=()), spec, out_dtype=out_dtype, implementation=self.forms.linear)
+            whole, form = dataclasses.replace(w, cuts=()), self.forms.fp8_training_linear
+            y = linear(x, whole, spec, out_dtype=out_dtype, implementation=form)
             return y[None] if partial else y
 
         out_specs = P(tuple(partial), *out_spec) if partial else out_spec

@@ -69,8 +69,8 @@ class Affine(nnx.Module):
         self.bias = declare(config, " ".join(axes.split()[inputs:]), shape[inputs:], "zeros")
         self.spec = spec
 
-    def __call__(self, x: jax.Array, forms: Forms) -> jax.Array:
-        y = linear(x, self.weight.get_value(), self.spec, out_dtype=jnp.float32, implementation=forms.linear)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = linear(x, self.weight.get_value(), self.spec, out_dtype=jnp.float32)
         return (y + self.bias.get_value().astype(jnp.float32)).astype(x.dtype)
 
 
@@ -88,19 +88,19 @@ class LayerNorm(nnx.Module):
 class PatchEmbedding(nnx.Module):
     """Pixels of a patch times one matrix (the published Conv3d, whose stride is its kernel), and where the patch lies."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, forms: Forms):
+    def __init__(self, config: ModelConfig, layout: Layout):
         v = config.vision
         patch = (v.in_channels, v.temporal_patch_size, v.patch_size, v.patch_size)
         self.proj = Affine(config, "X X X X D", (*patch, v.hidden_size), "ITcthw,cthwD->ITD", inputs=4)
         self.positions = declare(config, "X D", (v.num_position_embeddings, v.hidden_size))
-        self.patch, self.side, self.layout, self.forms = patch, math.isqrt(v.num_position_embeddings), layout, forms
+        self.patch, self.side, self.layout = patch, math.isqrt(v.num_position_embeddings), layout
         self.dtype = config.dtype
 
     @jax.named_scope("patch_embedding")
     def __call__(self, patches: jax.Array, places: jax.Array) -> jax.Array:
         """patches uint8 [I, T, channels * frames * height * width], places int32 [I, T, 4] -> [I, T, D]."""
         pixels = ((patches.astype(jnp.float32) - CENTRE) / CENTRE).astype(self.dtype)
-        x = self.proj(pixels.reshape(*pixels.shape[:2], *self.patch), self.forms)
+        x = self.proj(pixels.reshape(*pixels.shape[:2], *self.patch))
         return self.layout.constrain(x + self._interpolated(places).astype(x.dtype), "I T D")
 
     def _interpolated(self, places: jax.Array) -> jax.Array:
@@ -136,11 +136,11 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array, segment_ids: jax.Array, ends: jax.Array) -> jax.Array:
         """x [I, T, D]; cos, sin [I, T, H/2] float32; ends int32 [I, T], the last patch of each patch's frame."""
         y, place = self.norm1(x), self.layout.constrain
-        q, k, v = (place(layer(y, self.forms), "I T N H") for layer in (self.q, self.k, self.v))
+        q, k, v = (place(layer(y), "I T N H") for layer in (self.q, self.k, self.v))
         y = self._attend(apply_rotary(q, cos, sin), apply_rotary(k, cos, sin), v, segment_ids, ends)
-        x = place(x + self.proj(y, self.forms), "I T D")
-        y = place(_gelu(self.fc1(self.norm2(x), self.forms), approximate=True), "I T F")
-        return place(x + self.fc2(y, self.forms), "I T D")
+        x = place(x + self.proj(y), "I T D")
+        y = place(_gelu(self.fc1(self.norm2(x)), approximate=True), "I T F")
+        return place(x + self.fc2(y), "I T D")
 
     def _attend(self, q, k, v, segment_ids, ends) -> jax.Array:
         """Each patch sees its whole frame: as a query it stands at the frame's last patch, of which causal attention that does
@@ -158,20 +158,20 @@ class VisionBlock(nnx.Module):
 class PatchMerger(nnx.Module):
     """Four patches that form a square, normed one by one, become one row of the text model's width."""
 
-    def __init__(self, config: ModelConfig, layout: Layout, forms: Forms):
+    def __init__(self, config: ModelConfig, layout: Layout):
         v = config.vision
         self.merged = v.hidden_size * v.spatial_merge_size**2
         self.norm = LayerNorm(config, v.hidden_size)
         self.fc1 = Affine(config, layout.axes("D F"), (self.merged, self.merged), "ITD,DF->ITF")
         self.fc2 = Affine(config, layout.axes("F D"), (self.merged, v.out_hidden_size), "ITF,FD->ITD")
-        self.layout, self.forms = layout, forms
+        self.layout = layout
 
     @jax.named_scope("patch_merger")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[I, T, D] of patches -> [I, T / merge^2, D] of the text model."""
         x = self.norm(x).reshape(x.shape[0], -1, self.merged)
-        x = self.layout.constrain(_gelu(self.fc1(x, self.forms), approximate=False), "I T F")
-        return self.layout.constrain(self.fc2(x, self.forms), "I T D")
+        x = self.layout.constrain(_gelu(self.fc1(x), approximate=False), "I T F")
+        return self.layout.constrain(self.fc2(x), "I T D")
 
 
 def _gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
@@ -193,8 +193,9 @@ class VisionModel:
 
     @functools.cached_property
     def _modules(self) -> dict[str, nnx.Module]:
-        kinds = {"embed": PatchEmbedding, "blocks": VisionBlock, "merger": PatchMerger}
-        return {name: kind(self.config, self.layout, self.forms) for name, kind in kinds.items()}
+        c, layout = self.config, self.layout
+        blocks = VisionBlock(c, layout, self.forms)
+        return {"embed": PatchEmbedding(c, layout), "blocks": blocks, "merger": PatchMerger(c, layout)}
 
     @functools.cached_property
     def _graphs(self) -> dict:

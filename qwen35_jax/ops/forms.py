@@ -14,6 +14,7 @@ from qwen35_jax.ops.attention import tpu as attention_tpu
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu
 from qwen35_jax.ops.hopper import operands
+from qwen35_jax.ops.linear.gpu import FEW_ROWS
 from qwen35_jax.ops.moe import MOE_CHOICES
 
 KERNEL_CHOICES = ("auto", "xla", "pallas")
@@ -21,9 +22,10 @@ KERNEL_CHOICES = ("auto", "xla", "pallas")
 
 @dataclasses.dataclass(frozen=True)
 class Forms:
-    """The implementation of each op, as `sample --stats` prints it; `fp8_linear` and `fp8_grouped_linear` are those of
-    `linear` and `grouped_linear` with weights kept in FP8. Kernels of `linear` are for weights trained in FP8. `moe`: one of
-    `MOE_CHOICES`; with "auto" each program has the form that `moe_form` names for the number of its tokens."""
+    """The implementation of each op. `fp8_linear` and `fp8_grouped_linear` are those of `linear` and `grouped_linear` with
+    weights kept in FP8, `fp8_training_linear` that of `linear` with weights trained in FP8; all other products of `linear` are
+    XLA's. `moe`: one of `MOE_CHOICES`; with "auto" each program has the form that `moe_form` names for the number of its tokens.
+    """
 
     gated_delta_rule: str = "xla"
     gated_delta_step: str = "xla"
@@ -31,11 +33,23 @@ class Forms:
     attention: str = "xla"
     cached_attention: str = "xla"
     vision_attention: str = "xla"
-    linear: str = "xla"
     grouped_linear: str = "xla"
     fp8_linear: str = "xla"
     fp8_grouped_linear: str = "xla"
+    fp8_training_linear: str = "xla"
     moe: str = "auto"
+
+    def in_generation(self, config: ModelConfig, rows: int) -> dict[str, str]:
+        """What runs in a step of generation whose products have `rows` rows a device, by op: without `moe`, and without ops that
+        the model's generation does not have."""
+        ops = ["gated_delta_rule", "gated_delta_step", "causal_conv1d", "cached_attention", "vision_attention"]
+        if config.num_experts:
+            ops.append("fp8_grouped_linear" if config.fp8_weights else "grouped_linear")
+        forms = {op: getattr(self, op) for op in ops} | {"linear": "xla"}
+        if config.fp8_weights:
+            opened = self.fp8_linear == "pallas_gpu" and not config.fp8_activations and rows > FEW_ROWS
+            forms["fp8_linear"] = "xla" if opened else self.fp8_linear
+        return forms
 
 
 def resolve_forms(
@@ -76,14 +90,19 @@ def _kernels_for(device: jax.Device, config: ModelConfig) -> Forms | None:
 
 
 def _tpu_forms(config: ModelConfig) -> Forms:
-    forms = {"linear": "pallas_tpu"}
+    forms = {"fp8_training_linear": "pallas_tpu"}
     if tpu.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu", "causal_conv1d": "pallas_tpu"}
     if attention_tpu.supports(config.head_dim, config.dtype):
         forms["attention"] = "pallas_tpu"
     if config.fp8_weights and all(n % BLOCK == 0 for n in _fp8_widths(config)):
-        forms |= {"fp8_linear": "pallas_tpu", "fp8_grouped_linear": "pallas_tpu"}
+        forms |= _fp8_forms(config, "pallas_tpu")
     return Forms(**forms)
+
+
+def _fp8_forms(config: ModelConfig, form: str) -> dict[str, str]:
+    """`form` for the products with weights kept in FP8 that the model has."""
+    return dict.fromkeys(("fp8_linear", "fp8_grouped_linear") if config.num_experts else ("fp8_linear",), form)
 
 
 def _fp8_widths(config: ModelConfig) -> tuple[int, ...]:
@@ -102,7 +121,9 @@ def _hopper_forms(config: ModelConfig) -> Forms:
     if gpu_decode.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms["gated_delta_step"] = "pallas_gpu"
     if operands.supports(config.dtype):
-        forms |= {"linear": "pallas_gpu", "grouped_linear": "pallas_gpu"}
+        forms["fp8_training_linear"] = "pallas_gpu"
+        if config.num_experts and not config.fp8_weights:
+            forms["grouped_linear"] = "pallas_gpu"
         if config.fp8_weights and operands.supports(config.dtype, *_fp8_widths(config)):
-            forms |= {"fp8_linear": "pallas_gpu", "fp8_grouped_linear": "pallas_gpu"}
+            forms |= _fp8_forms(config, "pallas_gpu")
     return Forms(**forms)

@@ -52,7 +52,7 @@ def fp8_products(text: str) -> list[str]:
 def compile_linear(devices, form="xla"):
     """A pair of linears whose middle is cut over `model`, its forward and backward pass on a mesh of 2 x 4."""
     sharding = Sharding(make_mesh("2x4", devices))
-    multiply, cuts = Products(ModelConfig.preset("0.8b"), sharding, Forms(linear=form)), (("B", 2), ("F", 4))
+    multiply, cuts = Products(ModelConfig.preset("0.8b"), sharding, Forms(fp8_training_linear=form)), (("B", 2), ("F", 4))
 
     def pair(x, up, down):
         return multiply(multiply(x, Fp8Operand(up, cuts), "BTD,DF->BTF"), Fp8Operand(down, cuts), "BTF,FD->BTD")

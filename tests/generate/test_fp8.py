@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 import qwen35_jax
 from qwen35_jax import UserError
+from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.fp8 import Fp8Weight
 from tests.checkpoint import synthetic
 
@@ -35,6 +38,20 @@ def test_kept_weights_equal_dequantised_ones(directory):
     (answer,) = kept.generate(tokens[:1].tolist(), max_new_tokens=4, temperature=0.0, ignore_eos=True)
     assert answer.token_ids[0] == expected[0, -1].argmax()
     assert kept.stats()["weight_bytes_per_device"] < plain.stats()["weight_bytes_per_device"] / 3
+
+
+def test_stats_say_what_ran(directory):
+    """On Hopper an FP8 weight is multiplied by XLA where there are many rows; a device has half of them here."""
+    kept = qwen35_jax.load(directory, mesh="2x1", keep_fp8=True)
+    assert kept.stats()["forms"] == {}  # nothing has run
+    kept.model = dataclasses.replace(kept.model, forms=Forms(fp8_linear="pallas_gpu", fp8_training_linear="pallas_gpu"))
+    found = []
+    for tokens in (512, 1024):
+        kept.step_tokens = {"prefill": tokens, "decode": 2}
+        found.append(kept.stats()["forms"])
+    assert [forms["fp8_linear"] for forms in found] == ["pallas_gpu", "xla (prefill) and pallas_gpu (decode)"]
+    assert all(forms["linear"] == "xla" and "fp8_training_linear" not in forms for forms in found)
+    assert all("moe" in forms and "vision_attention" not in forms for forms in found) or not kept.config.num_experts
 
 
 def test_keeping_fp8_needs_an_fp8_checkpoint(tmp_path):

@@ -6,7 +6,6 @@ kernel; tests/ops/test_hopper_products.py compares the two on one device, tests/
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import re
 
@@ -61,7 +60,7 @@ def arrays(spec, mesh):
 def compiled(spec, mesh, form, shared=False, statistics_axis=None):
     """The product, dx and dw compiled, and their arguments. shared: x is quantised once, before the product."""
     sharding, (x, w, dy) = arrays(spec, mesh)
-    products = Products(ModelConfig.preset("tiny"), sharding, Forms(linear=form))
+    products = Products(ModelConfig.preset("tiny"), sharding, Forms(fp8_training_linear=form))
     cuts = tuple((letter, sharding.size(letter)) for letter in "BNKF" if sharding.size(letter) > 1)
 
     def run(x, w, dy):
@@ -117,8 +116,7 @@ def test_statistics(kernels, spec):
 
 def test_weights_that_are_not_trained_in_fp8_go_their_own_way(kernels):
     sharding, (x, w, _) = arrays(SPECS[1], "2x4")
-    forms = Forms(linear="pallas_gpu")
-    products = [Products(ModelConfig.preset("tiny"), sharding, f) for f in (forms, dataclasses.replace(forms, linear="xla"))]
+    products = [Products(ModelConfig.preset("tiny"), sharding, Forms(fp8_training_linear=f)) for f in ("pallas_gpu", "xla")]
     a, b = (jax.jit(functools.partial(p, spec=SPECS[1]))(x, w) for p in products)
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert not kernels

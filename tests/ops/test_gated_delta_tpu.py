@@ -147,15 +147,15 @@ def mesh_of(platform, capability="8.0"):
 
 def test_choice_of_forms():
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
-    linear = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "causal_conv1d", "linear"), "pallas_tpu")
-    chosen = Forms(**linear, attention="pallas_tpu")
+    ours = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "causal_conv1d", "fp8_training_linear"), "pallas_tpu")
+    chosen = Forms(**ours, attention="pallas_tpu")
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
     assert resolve_forms(mesh_of("tpu"), large, "xla") == Forms()
-    assert resolve_forms(mesh_of("tpu"), tiny) == Forms(linear="pallas_tpu")
+    assert resolve_forms(mesh_of("tpu"), tiny) == Forms(fp8_training_linear="pallas_tpu")
     in_float32 = resolve_forms(mesh_of("tpu"), large.replace(dtype="float32"))
-    assert in_float32 == Forms(**linear)
+    assert in_float32 == Forms(**ours)
     cut = resolve_forms(mesh_of("tpu"), large, context_parallel=True)  # the splash kernel takes no keys that come by
-    assert cut == Forms(**linear)
+    assert cut == Forms(**ours)
     assert resolve_forms(mesh_of("gpu"), large) == Forms()
     assert resolve_forms(mesh_of("gpu", "9.0"), large).gated_delta_step == ("pallas_gpu" if HAS_MOSAIC_GPU else "xla")
     with pytest.raises(UserError, match="none for some gpu, only for TPU"):

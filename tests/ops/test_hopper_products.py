@@ -237,16 +237,35 @@ def hopper_mesh():
 
 
 def test_choice_of_forms():
-    """Weights kept in FP8 need whole blocks; float32 has no kernels."""
-    ours = ("linear", "grouped_linear", "fp8_linear", "fp8_grouped_linear")
+    """Weights kept in FP8 need whole blocks; float32 has no kernels; nothing is chosen for weights that a model has not."""
+    ours = ("grouped_linear", "fp8_linear", "fp8_grouped_linear", "fp8_training_linear")
 
     def chosen(model, **changes):
         forms = resolve_forms(hopper_mesh(), ModelConfig.preset(model).replace(**changes))
         return {name for name in ours if getattr(forms, name) == "pallas_gpu"}
 
-    assert chosen("35b-a3b", fp8_weights=True) == chosen("0.8b", fp8_weights=True) == set(ours)
-    assert chosen("35b-a3b") == chosen("tiny", dtype="bfloat16", fp8_weights=True) == {"linear", "grouped_linear"}
+    assert chosen("35b-a3b", fp8_weights=True) == {"fp8_linear", "fp8_grouped_linear", "fp8_training_linear"}
+    assert chosen("0.8b", fp8_weights=True) == {"fp8_linear", "fp8_training_linear"}
+    assert chosen("35b-a3b") == {"grouped_linear", "fp8_training_linear"}
+    assert chosen("0.8b") == chosen("tiny", dtype="bfloat16", fp8_weights=True) == {"fp8_training_linear"}
     assert chosen("35b-a3b", dtype="float32", fp8_weights=True) == set()
+
+
+def test_forms_of_a_step_of_generation():
+    """Opened once, a weight in FP8 is multiplied by XLA beyond 256 rows; with activations in FP8 too, by the kernel always."""
+
+    def forms(model, rows, **changes):
+        config = ModelConfig.preset(model).replace(**changes)
+        return resolve_forms(hopper_mesh(), config).in_generation(config, rows)
+
+    large = {"dtype": "bfloat16", "fp8_weights": True}
+    assert [forms("35b-a3b", rows, **large)["fp8_linear"] for rows in (256, 257)] == ["pallas_gpu", "xla"]
+    assert forms("35b-a3b", 257, **large, fp8_activations=True)["fp8_linear"] == "pallas_gpu"
+    assert forms("35b-a3b", 257, **large)["fp8_grouped_linear"] == "pallas_gpu"
+    plain = forms("35b-a3b", 257)
+    assert plain["grouped_linear"] == "pallas_gpu" and plain["linear"] == "xla"
+    assert not {"fp8_linear", "fp8_grouped_linear", "fp8_training_linear"} & plain.keys()
+    assert not {"grouped_linear", "fp8_grouped_linear"} & forms("0.8b", 1).keys()
 
 
 @pytest.mark.parametrize("height", [8, 64])
