@@ -162,6 +162,17 @@ def test_kernel_in_bfloat16(interpreted):
         assert np.linalg.norm(a.astype(np.float32) - b) < 2e-3 * np.linalg.norm(b)  # the rounding of bfloat16 itself
 
 
+def test_kernels_have_no_races():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    inputs = wide(520)
+    segment_ids = documents([[300, 200], [520]], 520)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        gradient = jax.jit(jax.grad(lambda inputs: jnp.sum(kernel(**inputs, segment_ids=segment_ids)[0])))
+        jax.block_until_ready(gradient(inputs))
+    assert not interpreter.races.races_found
+
+
 def test_kernel_wants_whole_registers_of_channels():
     with pytest.raises(UserError, match="channels in multiples of 128, at most 8 taps, not 6 channels, 4 taps"):
         kernel(**make())

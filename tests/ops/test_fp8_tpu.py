@@ -46,12 +46,15 @@ def interpreted():
         yield
 
 
+def small_tiles(monkeypatch, rows=128):
+    """Several along every axis."""
+    for name, size in (("ROWS", rows), ("COLUMNS", 128), ("TERMS", 256)):
+        monkeypatch.setattr(tpu, name, size)
+
+
 @pytest.fixture(params=KINDS)
 def kind(request, monkeypatch):
-    """Small tiles, several along every axis."""
-    monkeypatch.setattr(tpu, "ROWS", 32)
-    monkeypatch.setattr(tpu, "COLUMNS", 128)
-    monkeypatch.setattr(tpu, "TERMS", 256)
+    small_tiles(monkeypatch, rows=32)
     monkeypatch.setattr(tpu, "MANY_ROWS", 1 if request.param == "many rows" else 10**9)
     with TRACED_IN(request.param):
         yield request.param
@@ -139,6 +142,24 @@ def test_a_broken_row_stays_in_its_group(kind):
     assert distance(y[4:], expected_grouped(exact, exact_w, (4, 0, 30, 2))[0][4:]) < 1e-6
 
 
+def check_races(function, *arguments):
+    """What one step writes no copy into or out of VMEM touches meanwhile."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        jax.block_until_ready(jax.jit(lambda *a: function(*a))(*arguments))
+    assert not interpreter.races.races_found
+
+
+def test_no_races(kind):
+    """The weight's panel and the sums stay in VMEM from step to step; several tiles along every axis."""
+    x, w = normal((66, 512)), normal((2, 512, 256), 1)
+    multiply = functools.partial(linear, spec="TD,DF->TF", implementation="pallas_tpu")
+    check_races(multiply, *operands(kind, x, w[0], (0, 1))[:2])
+    grouped = functools.partial(grouped_linear, implementation="pallas_tpu")
+    check_races(grouped, *operands(kind, x, w, (1, 2))[:2], jnp.asarray([20, 30]))
+
+
 @pytest.mark.parametrize("sizes", [(3, 0, 200, 17), (0, 300, 0, 0), (0, 0, 0, 0), (75, 150, 11, 64)])
 def test_visits(sizes):
     """Every tile is visited; each group exactly in the tiles that hold rows of it."""
@@ -167,13 +188,17 @@ def test_gradients():
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_training(spec, dtype, monkeypatch):
     """The product and both gradients in FP8: sides that are no whole blocks, several tiles along every axis."""
-    monkeypatch.setattr(tpu, "ROWS", 128)
-    monkeypatch.setattr(tpu, "COLUMNS", 128)
-    monkeypatch.setattr(tpu, "TERMS", 256)
+    small_tiles(monkeypatch)
     x, w, dy = spec_operands(spec, dtype, sizes={"B": 3, "T": 100, "D": 200, "N": 3, "H": 96})
     got = products(functools.partial(linear, spec=spec, implementation="pallas_tpu"), x, w, dy)
     for a, b, like in zip(got, expected_products(spec, x, w, dy), (dy, x, w), strict=True):
         assert a.dtype == like.dtype and distance(a, b) < BOUNDS[dtype]
+
+
+def test_training_has_no_races(monkeypatch):
+    small_tiles(monkeypatch)
+    multiply = functools.partial(linear, spec="TD,DF->TF", implementation="pallas_tpu")
+    check_races(functools.partial(products, multiply), normal((200, 512)), normal((512, 256), 1), normal((200, 256), 2))
 
 
 def test_products_with_arrays_are_left_to_xla():

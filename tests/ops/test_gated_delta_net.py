@@ -96,6 +96,18 @@ def test_two_blocks_of_a_batch_of_one():
     check("pallas_tpu", *make(batch=1, keys=16, heads=64, dtype="bfloat16"), (2,))
 
 
+@pytest.mark.parametrize("time", [1, 2])
+def test_no_races(time):
+    """Two head blocks of each of two slots, states and windows in place."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    step = functools.partial(gated_delta_net_step, implementation="pallas_tpu")
+    inputs, slots = make(time=time, keys=16, heads=64, slots=3), np.array([2, 1], np.int32)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        jax.block_until_ready(jax.jit(step)(*inputs, slots, active=np.ones((2, time), bool)))
+    assert not interpreter.races.races_found
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
