@@ -38,9 +38,10 @@ def compile_on(mesh, function, arguments):
 
 
 def bundles_of(dump: Path, kernel: str) -> int | None:
-    """Bundles of the kernel of this name; None where the compiler wrote none."""
-    found = [_TOTAL.search(path.read_text()) for path in dump.glob(f"*-{kernel}[._]*schedule-analysis_final_bundles.txt")]
-    return int(found[-1].group(1)) if found else None
+    """Bundles of the kernel of this name, the last of them by file name, which begins with the time; None where the compiler
+    wrote none."""
+    found = sorted(dump.glob(f"*-{kernel}[._]*schedule-analysis_final_bundles.txt"))
+    return int(_TOTAL.search(found[-1].read_text()).group(1)) if found else None
 
 
 def estimated_cycles(text: str) -> int:

@@ -99,5 +99,13 @@ def test_gated_delta_kernels(target, preset, ceilings):
         assert result[name] <= ceiling, result
 
 
+def test_the_last_schedule_of_a_kernel_counts(tmp_path):
+    """File names begin with the time; the system lists them in any order."""
+    for began, count in ((1795874781, 7), (1795874761, 3), (1795874780, 5)):
+        schedule = tmp_path / f"{began}-some_kernel.1-71-schedule-analysis_final_bundles.txt"
+        schedule.write_text(f"total scheduled bundles: {count}\n")
+    assert bundles.bundles_of(tmp_path, "some_kernel") == 7 and bundles.bundles_of(tmp_path, "other") is None
+
+
 if __name__ == "__main__":
     print(json.dumps(round(compile_kernels(*sys.argv[1:]), 1)))
