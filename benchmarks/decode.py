@@ -4,7 +4,8 @@ that each reaches; one table.
 python -m benchmarks.decode
 
 A step reads and writes the state of every slot once; its bytes over its time are set beside those of a copy of the same array
-(read and written once too) in the same process. The forms and the copy take turns.
+(read and written once too) in the same process. The forms and the copy take turns. On an H200 the last column is the share of
+the aim that a form reaches (`benchmarks.aims`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import aims
 from benchmarks.timing import step_medians
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.ops.forms import resolve_forms
@@ -70,14 +72,16 @@ def main(_) -> None:
     mesh = make_mesh("1x1")
     device = mesh.devices.flat[0]
     print(f"{device.device_kind}, jax {jax.__version__}")
-    print(f"{'model':>10} {'slots':>6} {'form':>11} {'microseconds':>13} {'GB/s':>8} {'of copy':>8}")
+    print(f"{'model':>10} {'slots':>6} {'form':>11} {'microseconds':>13} {'GB/s':>8} {'of copy':>8} of the aim")
     for model in MODELS.value:
         config = ModelConfig.preset(model)
         forms = list(dict.fromkeys(["xla", resolve_forms(mesh, config).gated_delta_step]))
         for slots in map(int, SLOTS.value):
             moved, times = measure(config, slots, forms)
             for name, seconds in times.items():
-                rate = f"{moved / seconds / 1e9:8.1f} {times['copy'] / seconds:8.2f}"
+                of_copy = times["copy"] / seconds
+                share = "" if name == "copy" else aims.of_decode(device.device_kind, slots, of_copy)
+                rate = f"{moved / seconds / 1e9:8.1f} {of_copy:8.2f} {share}".rstrip()
                 print(f"{model:>10} {slots:>6} {name:>11} {seconds * 1e6:13.1f} {rate}", flush=True)
 
 

@@ -2,9 +2,10 @@
 
 python -m benchmarks.fp8
 
-Shapes are those that DeepGEMM publishes, small ones where there is no accelerator. Products: `both` has activations and
-weights in FP8 (activations quantised before), `weights` bfloat16 activations, `training` activations, weights and gradients,
-quantised on the way, with both gradients. The forms take turns, so that whatever slows the device slows all.
+Shapes are those that DeepGEMM publishes, small ones where there is no accelerator (`--shapes`). Products: `both` has
+activations and weights in FP8 (activations quantised before), `weights` bfloat16 activations, `training` activations, weights and
+gradients, quantised on the way, with both gradients. The forms take turns, so that whatever slows the device slows all. On an
+H200 the last column is the share of the aims that the kernel reaches (`benchmarks.aims`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import aims
 from benchmarks.timing import medians
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, quantize_activation, quantize_weight
@@ -24,6 +26,7 @@ from qwen35_jax.ops.linear import linear
 
 ROUNDS = flags.DEFINE_integer("rounds", 20, "samples of each form, after two that are not counted", lower_bound=1)
 PRODUCTS = flags.DEFINE_list("products", ["both", "weights", "training"], "which products")
+SIZES = flags.DEFINE_enum("shapes", None, ["published", "small"], "which shapes; small by default where there is no accelerator")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +67,19 @@ SHEETS = {
 }
 
 
-def forms_of(device: jax.Device) -> list[str]:
-    """The implementations of `linear` and `grouped_linear` for FP8 weights on a device."""
+def kernel_of(device: jax.Device) -> str | None:
+    """The kernels for FP8 weights on a device."""
+    if device.platform == "tpu":
+        return "pallas_tpu"
     hopper = device.platform == "gpu" and HAS_MOSAIC_GPU and device.compute_capability == "9.0"
-    return ["xla", "pallas_gpu"] if hopper else ["xla"]
+    return "pallas_gpu" if hopper else None
+
+
+def forms_of(device: jax.Device, shape: Shape, product: str) -> list[str]:
+    """The implementations of a product on a device. TPUs have no kernel of groups in bfloat16 or trained in FP8."""
+    kernel = kernel_of(device)
+    missing = kernel is None or (kernel == "pallas_tpu" and shape.groups and product in ("bfloat16", "training"))
+    return ["xla"] if missing else ["xla", kernel]
 
 
 def multiply(form: str, x, w, sizes=None):
@@ -106,31 +118,42 @@ def floor(shape: Shape, product: str, device: Device) -> float:
     return max(flops / rate / 1e12, numbers / device.memory / 1e12)
 
 
-def line(shape: Shape, product: str, forms: list[str], sheet: Device | None) -> str:
+def columns(device: jax.Device) -> list[str]:
+    """Names of what a line has times of."""
+    return [name for name in ("xla", kernel_of(device), "bfloat16") if name]
+
+
+def line(shape: Shape, product: str, device: jax.Device) -> str:
+    forms, sheet = forms_of(device, shape, product), SHEETS.get(device.device_kind)
     arguments, plain = operands(shape, product), operands(shape, "bfloat16")
     function = trained if product == "training" else multiply
     calls = {form: functools.partial(jax.jit(functools.partial(function, form)), *arguments) for form in forms}
     # bfloat16: XLA's own product where it is dense, the best form where it is grouped.
-    calls["bfloat16"] = functools.partial(jax.jit(functools.partial(function, forms[-1] if shape.groups else "xla")), *plain)
+    best = forms_of(device, shape, "bfloat16")[-1] if shape.groups else "xla"
+    calls["bfloat16"] = functools.partial(jax.jit(functools.partial(function, best)), *plain)
     times = medians(calls, ROUNDS.value)
     flops = 2 * shape.rows * shape.outs * shape.ins * (3 if product == "training" else 1)
     cells = [f"{shape!s:>22} {product:>9}"]
-    cells += [f"{times[name] * 1e6:12.0f} {flops / times[name] / 1e12:8.2f}" for name in calls]
+    rates = {name: flops / seconds / 1e12 for name, seconds in times.items()}
+    for name in columns(device):
+        cells.append(f"{times[name] * 1e6:12.0f} {rates[name]:8.2f}" if name in times else f"{'':21}")
     cells.append(f"{times['bfloat16'] / times[forms[-1]]:7.2f}")
     cells.append(f"{floor(shape, product, sheet) / times[forms[-1]]:7.2f}" if sheet else f"{'':>7}")
-    return " ".join(cells)
+    case = shape.rows, shape.outs, shape.ins, max(shape.groups, 1)
+    cells.append(aims.of_product(device.device_kind, case, rates[forms[-1]]) if product == "both" else "")
+    return " ".join(cells).rstrip()
 
 
 def main(_) -> None:
     device = jax.devices()[0]
-    forms, sheet = forms_of(device), SHEETS.get(device.device_kind)
     print(f"{device.device_kind}, jax {jax.__version__}; us and TFLOP/s of each form")
     print("ratio: bfloat16's time to that of the last form; floor: the least possible time, by the data sheet, to that")
-    head = " ".join(f"{name:>12} {'TFLOP/s':>8}" for name in (*forms, "bfloat16"))
-    print(f"{'rows x outs x ins':>22} {'product':>9} {head} {'ratio':>7} {'floor':>7}")
-    for shape in SMALL if device.platform == "cpu" else SHAPES:
+    head = " ".join(f"{name:>12} {'TFLOP/s':>8}" for name in columns(device))
+    print(f"{'rows x outs x ins':>22} {'product':>9} {head} {'ratio':>7} {'floor':>7} of the aims")
+    small = SIZES.value == "small" or (SIZES.value is None and device.platform == "cpu")
+    for shape in SMALL if small else SHAPES:
         for product in PRODUCTS.value:
-            print(line(shape, product, forms, sheet), flush=True)
+            print(line(shape, product, device), flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ python -m benchmarks.gdn
 The forms take turns, so that whatever slows the device slows all. Where a device has no kernel, only the XLA
 form is timed. On a GPU flash-linear-attention takes its turn where it is installed (with torch; start with
 XLA_PYTHON_CLIENT_PREALLOCATE=false, or JAX keeps the memory to itself), and on an H100 or H200 the floor stands beside them:
-the larger of the time of the products at the rate of large matrix products, and of reading and writing each array once.
+the larger of the time of the products at the rate of large matrix products, and of reading and writing each array once. On an
+H200 the last column is the share of the aims that the kernel reaches (`benchmarks.aims`), for the sizes that have some.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks import aims
 from benchmarks.timing import medians
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.ops.forms import resolve_forms
@@ -146,7 +148,7 @@ def main(_) -> None:
     if "fla" in FORMS.value and device.platform == "gpu" and not has_fla:
         print("flash-linear-attention is not installed: its column stays empty")
     columns = ("xla, ms", "kernel, ms", "ratio", "fla, ms", "floor, ms")
-    print(f"{'model':>10} {'heads':>6} {'pass':>8}" + "".join(f"{name:>12}" for name in columns))
+    print(f"{'model':>10} {'heads':>6} {'pass':>8}" + "".join(f"{name:>12}" for name in columns) + "  of the aims")
     for model in MODELS.value:
         config = ModelConfig.preset(model).replace(dtype=DTYPE.value)
         kernel, inputs = resolve_forms(mesh, config).gated_delta_rule, make_inputs(config)
@@ -163,7 +165,9 @@ def main(_) -> None:
             plain = times.get("xla")
             row = (plain, ours, plain / ours if plain and ours else None, times.get("fla"), least)
             cells = "".join(f"{'':>12}" if x is None else f"{x:12.3f}" for x in row)
-            print(f"{model:>10} {heads:>6} {name:>8}{cells}", flush=True)
+            case = name, BATCH.value, TIME.value, config.linear_num_key_heads, config.linear_num_value_heads
+            share = aims.of_rule(device.device_kind, case, ours) if ours and DTYPE.value == "bfloat16" else ""
+            print(f"{model:>10} {heads:>6} {name:>8}{cells}  {share}".rstrip(), flush=True)
 
 
 if __name__ == "__main__":

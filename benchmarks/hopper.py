@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 
+from benchmarks import aims
 from benchmarks.timing import medians, step_medians
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.ops.fp8 import quantize_activation, quantize_weight
@@ -105,12 +106,18 @@ def main(_) -> None:
             raise app.UsageError(f"no part {part!r}; choose from {', '.join(kinds)}")
         function, shapes = kinds[part]
         for shape in shapes:
-            times = function(shape)
+            times, share = function(shape), ""
             cells = [f"{name} {seconds * 1e6:.1f}" for name, seconds in times.items()]
             if part == "fp8":
-                cells.append(f"{2 * shape[0] * shape[1] * shape[2] / times['product'] / 1e12:.0f} TFLOP/s")
+                rate = 2 * shape[0] * shape[1] * shape[2] / times["product"] / 1e12
+                cells.append(f"{rate:.0f} TFLOP/s")
+                share = aims.of_product(device.device_kind, shape, rate)
             if part == "decode":
-                cells.append(f"of copy {times['copy'] / times['pallas_gpu']:.2f}")
+                of_copy = times["copy"] / times["pallas_gpu"]
+                cells.append(f"of copy {of_copy:.2f}")
+                share = aims.of_decode(device.device_kind, shape[0], of_copy)
+            if share:
+                cells.append(f"of the aims {share}")
             print(part, "x".join(map(str, shape)), ", ".join(cells), flush=True)
 
 
