@@ -70,7 +70,8 @@ def test_float32(called):
 
 @pytest.mark.slow
 def test_fp8(called):
-    """The dense products and their gradients too. A sum in another order rounds a few numbers to the other e4m3 neighbour: one
-    gradient differed by 1.1e-4, all others by less than 1e-6. The bound is a fifth of what e4m3 rounds away itself, 2.6e-2."""
+    """The dense products and their gradients too. A sum in another order can round a number to the other e4m3 neighbour:
+    presumably so one gradient differed by 1.1e-4, all others by less than 1e-6. The bound is a fifth of what e4m3 rounds away
+    itself, 2.6e-2."""
     check((1e-4, 5e-3), fp8=True)
     assert called >= RULE_KERNELS | {"fp8_linear_activations", "fp8_linear_gradients"}
