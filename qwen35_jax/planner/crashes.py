@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import signal
 import sys
 import warnings
 
 from qwen35_jax.errors import UserError
+
+PR_SET_PDEATHSIG = 1
 
 
 def go_on_in_a_fork(what: str) -> None:
@@ -18,6 +22,8 @@ def go_on_in_a_fork(what: str) -> None:
         warnings.simplefilter("ignore")  # JAX warns of every fork
         child = os.fork()
     if child == 0:
+        with contextlib.suppress(AttributeError, OSError):  # Linux alone: it does not outlive who waits for it
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the fork too, which says so
     signal.signal(signal.SIGTERM, lambda number, _: os.kill(child, number))

@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,10 @@ PODS = [
 ]
 
 
+# Of a plan with its search: what two cores do in so many minutes (the wall's would be those of whatever else runs), and memory.
+MINUTES, GIBIBYTES = 3, 8
+
+
 def compiled(text: str, *flags: str) -> tuple[dict, str, list[dict]]:
     """The plan of 397b-a17b in FP8 for a topology, the mesh that was compiled, and its steps."""
     compiler = COMPILERS[parse_topology(text).platform]
@@ -31,15 +38,29 @@ def compiled(text: str, *flags: str) -> tuple[dict, str, list[dict]]:
         pytest.skip(f"{compiler} is not installed: pip install -e '.[test,aot]'")
     flags = ["--model", "397b-a17b", "--topology", text, "--weights", "fp8", "--json", *flags]
     command = [sys.executable, "-m", "qwen35_jax.plan", *flags]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    plan = json.loads(done.stdout)
+    plan = json.loads(measured(command))
     ((mesh, steps),) = plan["compiled"].items()
     for step in steps:
         print(text, mesh, step["step"], step["memory"], step["lower_seconds"], step["compile_seconds"])
     return plan, mesh, steps
+
+
+def measured(command: list[str]) -> str:
+    """What it prints, if it ends well and within the limits of time and memory, of its own children too."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        begin = time.perf_counter()
+        started = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=out, stderr=errors)
+        limit = threading.Timer(900, started.kill)
+        limit.start()
+        _, status, used = os.wait4(started.pid, 0)
+        limit.cancel()
+        started.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), errors.seek(0)
+        assert started.returncode == 0, errors.read()[-4000:]
+        cpu, memory = used.ru_utime + used.ru_stime, used.ru_maxrss / 2**20
+        print(f"{time.perf_counter() - begin:.0f} s, of processors {cpu:.0f} s, {memory:.2f} GiB")
+        assert cpu < 2 * MINUTES * 60 and memory < GIBIBYTES, (cpu, memory)
+        return out.read()
 
 
 @pytest.mark.parametrize(("text", "mesh", "ceiling"), PODS)
@@ -48,8 +69,7 @@ def test_decoding_of_the_largest_model_fits(text, mesh, ceiling):
     memory = step["memory"]
     assert plan["fits"] and found == mesh == plan["candidates"][0]["mesh"]
     assert memory["temporaries"] < ceiling * 2**30 and memory["total"] < 0.95 * plan["capacity"]
-    assert (memory["weights"], memory["state"]) == tuple(plan["candidates"][0][name] for name in ("weights", "state"))
-    # The compiler lays out what it is given in no more than a hundredth more bytes.
+    # Padding is what the compiler counts of the arguments beyond our bytes of them, nearly all of which are weights and state.
     assert abs(memory["padding"]) < 0.01 * (memory["weights"] + memory["state"])
     assert sum(c["count"] for c in step["collectives"] if c["bytes"] > 2**17) >= 60  # one or more a layer
 

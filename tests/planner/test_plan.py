@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -133,20 +134,28 @@ command.run(plan.main, plan.USAGE)
 def test_a_compiler_that_crashes_is_one_line(what, message):
     command = [sys.executable, "-c", CRASHING.format(what)]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=60, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
     assert message in done.stderr and not done.stdout
 
 
-def test_a_stopped_plan_leaves_no_compiler_behind():
+@pytest.mark.parametrize("gently", [True, pytest.param(False, marks=pytest.mark.skipif(sys.platform != "linux", reason="Linux"))])
+def test_a_stopped_plan_leaves_no_compiler_behind(gently):
     command = [sys.executable, "-c", CRASHING.format("print(os.getpid(), flush=True); import time; time.sleep(60)")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
         child = int(started.stdout.readline())
-        started.terminate()
-        assert started.wait(timeout=30) == 1 and "ended by signal 15" in started.stderr.read()
-    with pytest.raises(ProcessLookupError):
-        os.kill(child, 0)
+        if gently:
+            started.terminate()
+            assert started.wait(timeout=120) == 1 and "ended by signal 15" in started.stderr.read()
+        else:
+            started.kill()
+            started.stderr.read()  # which the fork has open too
+    for _ in range(100):  # until whoever adopted it has noticed
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split(") ")[1][:1]:
+            return
+        time.sleep(0.1)
+    pytest.fail("the fork is still there")
 
 
 def test_what_a_compiler_refuses_is_one_line(monkeypatch):
