@@ -62,6 +62,12 @@ def test_the_main_job_with_the_prompt_cut_over_eight_devices():
     assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
 
 
+def test_the_packaged_model_sees():
+    """The README's picture."""
+    done = run("--image", str(ROOT / "docs" / "stars.png"), "--prompt", "How many stars are there?")
+    assert (done.returncode, done.stdout) == (0, "There are 4 stars.\n"), done.stderr
+
+
 def test_json_batches_presets_and_prompt_files(tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Hi"}]
@@ -252,7 +258,7 @@ WRONG = [
     (["--host_timeout", "20"], "--host_timeout belongs to --coordinator"),
     (["--coordinator", "auto"], "nothing here says where the hosts are"),
     (["--chat", "--coordinator", "auto"], "it does not go with --coordinator"),
-    (["--image", "a.png", "--random_weights"], "this model has no vision tower"),
+    (["--image", "absent.png"], "image absent.png: there is no such file"),
     (["--image", "a.png", "--raw"], "do not go with --raw"),
     (["--video", "a.mp4", "--chat"], "type /image FILE"),
     (["--image", "a.png", "--prompts_file", "chat.jsonl"], "pictures are parts of messages"),

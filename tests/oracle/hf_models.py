@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -29,6 +30,8 @@ from transformers import (
 )
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer, Qwen3_5RMSNorm
 from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeDecoderLayer, Qwen3_5MoeRMSNorm
+
+from qwen35_jax.generate.multimodal import Prepared
 
 FP32_LEAVES = ("A_log", "linear_attn.norm.weight")
 FLOAT32 = torch.float32  # under a name that `double_precision` leaves alone
@@ -332,3 +335,20 @@ def double_precision():
             yield
     finally:
         torch.set_default_dtype(FLOAT32)
+
+
+def pictured_inputs(prepared: Prepared, image_id: int, video_id: int) -> dict:
+    """Arguments of transformers' forward pass for a prompt with pictures; the ids are those of the placeholders."""
+    ids = torch.tensor([prepared.token_ids])
+    result = {"input_ids": ids}
+    for kind, pixels, grids in (
+        ("image", "pixel_values", "image_grid_thw"),
+        ("video", "pixel_values_videos", "video_grid_thw"),
+    ):
+        own = [x for x in prepared.visuals if x.kind == kind]
+        if own:
+            result[pixels] = torch.tensor(np.concatenate([x.patches for x in own]).astype(np.float32) / 127.5 - 1)
+            result[grids] = torch.tensor([x.grid for x in own])
+    if prepared.visuals:
+        result["mm_token_type_ids"] = (ids == image_id).int() + 2 * (ids == video_id).int()
+    return result

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", minversion="5.23", reason="the oracle needs 
 
 import qwen35_jax  # noqa: E402
 from qwen35_jax.generate.multimodal import Prepared, as_pictures, place  # noqa: E402
-from tests.oracle import compare  # noqa: E402
+from tests.oracle import compare, hf_models  # noqa: E402
 
 NEW_TOKENS = 24
 SIZES = {"size": {"shortest_edge": 64, "longest_edge": 16384}}  # tiles of 8 x 8 pixels: a patch is 4 x 4, four are one token
@@ -87,20 +87,8 @@ class Pictured:
 
     def inputs(self, name: str, more: list[int] = ()) -> dict:
         """Arguments of transformers' forward pass."""
-        prepared = self.prepared(name)
-        ids = torch.tensor([prepared.token_ids + list(more)])
-        result = {"input_ids": ids}
-        for kind, pixels, grids in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
-            own = [x for x in prepared.visuals if x.kind == kind]
-            if own:
-                result[pixels] = torch.tensor(np.concatenate([x.patches for x in own]).astype(np.float32) / 127.5 - 1)
-                result[grids] = torch.tensor([x.grid for x in own])
-        if prepared.visuals:
-            kinds = (ids == self.case.vocab - 2).int() + 2 * (ids == self.case.vocab - 3).int()
-            result["mm_token_type_ids"] = kinds
+        prepared, v = self.prepared(name), self.case.vocab
+        result = hf_models.pictured_inputs(dataclasses.replace(prepared, token_ids=prepared.token_ids + list(more)), v - 2, v - 3)
         self.model.model.rope_deltas = None  # transformers keeps those of the last call
         return result
 
