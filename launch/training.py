@@ -16,7 +16,7 @@ from qwen35_jax import command
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import MESH_AXES, Sharding, check_mesh, parse_mesh
-from qwen35_jax.train.config import check_config
+from qwen35_jax.train.config import check_config, check_cuts
 
 
 def training_config(arguments: tuple[str, ...]) -> ConfigDict:
@@ -31,22 +31,16 @@ def training_config(arguments: tuple[str, ...]) -> ConfigDict:
     command.parsed(values, words, known_only=True)
     try:
         check_config(found.value)
-        check_cuts(found.value)
+        check_mesh_of(found.value)
     except (AttributeError, KeyError, TypeError) as error:  # what get_config() gave is no configuration of ours
         reason = " ".join(str(error).split())
         raise UserError(f"--config {file}: {reason}; start from default_config(), as configs/finetune.py does") from error
     return found.value
 
 
-def check_cuts(c: ConfigDict) -> None:
-    """UserError where the mesh does not cut a preset, the batch or the sequences, in the words of train.run.make_run."""
+def check_mesh_of(c: ConfigDict) -> None:
+    """UserError where the mesh does not cut a preset, the batch or the sequences."""
     sharding = Sharding(AbstractMesh(parse_mesh(c.mesh), MESH_AXES), c.context_parallel)
     if c.model.source in PRESETS and not c.model.changes:
         check_mesh(ModelConfig.preset(c.model.source), sharding)
-    cuts, ways = sharding.size("T"), sharding.batch * c.accumulate
-    if c.data.sequence_length % cuts:
-        text = f"config.data.sequence_length ({c.data.sequence_length}) must be a multiple of {cuts}"
-        raise UserError(f"{text}: config.context_parallel cuts sequences over the data shards")
-    if c.data.batch_size % ways:
-        text = f"config.data.batch_size ({c.data.batch_size}) must be a multiple of {ways}"
-        raise UserError(f"{text}: {sharding.batch} shards of the batch x accumulate {c.accumulate}")
+    check_cuts(c, sharding)

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from qwen35_jax.errors import UserError
+from qwen35_jax.sharding import Sharding
 
 MAX_SEED = 2**32 - 1  # JAX and Grain would cut off the bits above
 
@@ -150,6 +151,17 @@ def check_config(c: ConfigDict) -> None:
         raise UserError("config.lora trains nothing but its own matrices: it goes with neither freeze nor fp8.enabled")
     if c.lora != default_config().lora and not c.lora.rank:
         raise UserError("config.lora changes nothing without a rank, and all of the model is trained: set config.lora.rank")
+
+
+def check_cuts(c: ConfigDict, sharding: Sharding) -> None:
+    """UserError where the mesh does not cut the batch or the sequences."""
+    cuts, ways = sharding.size("T"), sharding.batch * c.accumulate
+    if c.data.sequence_length % cuts:
+        text = f"config.data.sequence_length ({c.data.sequence_length}) must be a multiple of {cuts}"
+        raise UserError(f"{text}: config.context_parallel cuts sequences over the data shards")
+    if c.data.batch_size % ways:
+        text = f"config.data.batch_size ({c.data.batch_size}) must be a multiple of {ways}"
+        raise UserError(f"{text}: {sharding.batch} shards of the batch x accumulate {c.accumulate}")
 
 
 def _get(c: ConfigDict, field: str):

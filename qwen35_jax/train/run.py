@@ -26,6 +26,7 @@ from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
 from qwen35_jax.text import ChatTemplate, Tokenizer
+from qwen35_jax.train.config import check_cuts
 from qwen35_jax.train.data import PatchShape, PictureReader
 from qwen35_jax.train.fp8 import fp8_layers
 from qwen35_jax.train.lora import abstract_lora, init_lora, lora_axes
@@ -171,14 +172,7 @@ def make_run(config: ConfigDict, origin: Origin, devices: list | None = None) ->
     """Everything but arrays. `devices`: other ones than this machine's, for compiling without them."""
     sharding = Sharding(make_mesh(config.mesh, devices), config.context_parallel)
     check_mesh(origin.config, sharding)
-    cuts = sharding.size("T")
-    if config.data.sequence_length % cuts:
-        text = f"config.data.sequence_length ({config.data.sequence_length}) must be a multiple of {cuts}"
-        raise UserError(f"{text}: config.context_parallel cuts sequences over the data shards")
-    ways = sharding.batch * config.accumulate
-    if config.data.batch_size % ways:
-        text = f"config.data.batch_size ({config.data.batch_size}) must be a multiple of {ways}"
-        raise UserError(f"{text}: {sharding.batch} shards of the batch x accumulate {config.accumulate}")
+    check_cuts(config, sharding)
     context = {"context_parallel": config.context_parallel}
     model = Model(origin.config, sharding, resolve_forms(sharding.mesh, origin.config, config.kernels, config.moe, **context))
     tower = make_tower(config, model)

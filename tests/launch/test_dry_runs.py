@@ -13,7 +13,7 @@ import pytest
 
 from launch.job import make_job
 from launch.machines import parse_slice
-from launch.training import check_cuts
+from launch.training import check_mesh_of
 from qwen35_jax.errors import UserError
 from qwen35_jax.planner.topologies import larger, parse_topology, stand_ins
 from qwen35_jax.train.config import default_config
@@ -196,7 +196,7 @@ def test_what_the_mesh_does_not_cut_is_refused_as_train_refuses_it(changes):
     with pytest.raises(UserError) as theirs:
         make_run(c, find_origin(c), stand_ins(parse_topology("v6e:2x4")))
     with pytest.raises(UserError, match=f"^{re.escape(str(theirs.value))}$"):
-        check_cuts(c)
+        check_mesh_of(c)
 
 
 @pytest.mark.parametrize("changes", [{"mesh": "8x1"}, {"mesh": "2x4x1", "data.batch_size": 16}, {"mesh": "4x2", "accumulate": 2}])
@@ -204,7 +204,7 @@ def test_what_train_takes_passes(changes):
     c = default_config()
     c.update_from_flattened_dict(changes)
     make_run(c, find_origin(c), stand_ins(parse_topology("v6e:2x4")))
-    check_cuts(c)
+    check_mesh_of(c)
 
 
 @pytest.mark.parametrize(
