@@ -174,7 +174,8 @@ class _Loop:
             self._say(f"the data ended after {config.data.epochs} epochs, at step {self.step} of {last}")
             if meter.steps:
                 self._log(meter.take())
-            self._after_step(eval_step, due=False, last=True)
+            if previous is not None:  # else it had ended when this process began
+                self._after_step(eval_step, due=False, last=True)
         self.checkpoints.wait()
         return self.metrics
 

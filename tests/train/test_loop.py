@@ -41,6 +41,10 @@ def test_data_that_end_before_the_steps(chats, tmp_path, capsys):
     assert {"loss", "eval/loss"} <= found and np.isfinite(metrics["eval/loss"])
     assert (tmp_path / "run" / "checkpoints" / str(last)).is_dir()
 
+    before = lines(tmp_path / "run")
+    train(config, str(tmp_path / "run"))  # once more: nothing is left to do
+    assert lines(tmp_path / "run") == before
+
     export(config, str(tmp_path / "run"), str(tmp_path / "again"), last)
     assert_same(tmp_path / "again", tmp_path / "hf")
     older = max(step for step in map(int, (p.name for p in (tmp_path / "run" / "checkpoints").glob("[0-9]*"))) if step < last)
