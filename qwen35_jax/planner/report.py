@@ -33,7 +33,8 @@ def lines(plan: Plan) -> Iterator[str]:
     yield "Meshes, one device, estimated from abstract arrays:"
     yield from _meshes(plan.candidates)
     best = plan.candidates[0]
-    yield f"Op forms on {best.mesh}, jax {jax.__version__}: {', '.join(f'{op}={form}' for op, form in best.forms.items())}"
+    forms = ", ".join(f"{op}={form}" for op, form in best.forms.items())
+    yield f"Op forms on {best.mesh}, of those ops that a step has, jax {jax.__version__}: {forms}"
     for mesh, steps in plan.compiled.items():
         for step in steps:
             yield ""

@@ -20,7 +20,7 @@ from qwen35_jax.sharding import make_mesh, parse_mesh
 @dataclasses.dataclass(frozen=True)
 class Candidate:
     """A mesh with estimates of one device: bytes of weights and state, counted; of temporaries, by the forms' large buffers.
-    `forms`: {op: its form}, of `moe` where the model has experts that of each step."""
+    `forms`: {op: its form}, whether a step has the op or not; of `moe` where the model has experts that of each step."""
 
     mesh: str
     weights: int

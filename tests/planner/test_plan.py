@@ -62,7 +62,7 @@ def test_estimates_as_text(done):
     text = done[0].stdout
     assert done[0].returncode == 0 and "Fits (estimated)." in text, done[0].stderr
     first = next(line for line in text.splitlines() if line.startswith("  16x4"))
-    assert f"Op forms on 16x4, jax {jax.__version__}: gated_delta_rule=" in text
+    assert f"Op forms on 16x4, of those ops that a step has, jax {jax.__version__}: gated_delta_rule=" in text
     assert "8.83 GiB" in first and "memory" in first and not done[0].stderr
 
 
