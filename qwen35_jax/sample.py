@@ -11,8 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
-import shlex
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +19,7 @@ import jax
 from absl import flags
 
 from qwen35_jax import hosts
+from qwen35_jax.chat import Chat
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
@@ -160,7 +159,7 @@ def _run(prompts: list) -> None:
     }
     with jax.profiler.trace(PROFILE.value) if PROFILE.value is not None else contextlib.nullcontext():
         if CHAT.value:
-            chat(lm, options)
+            Chat(lm, SYSTEM.value, _picture, _vision(), options | {"enable_thinking": THINK.value}).run()
         elif JSON.value:
             print_json(lm, prompts, options)
         else:
@@ -361,67 +360,6 @@ def _title(prompt) -> str:
 def _write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
-
-
-def chat(lm: LanguageModel, options: dict) -> None:
-    """A conversation. /image and /video show what the next message is about, /reset forgets everything, /exit or Ctrl-D ends;
-    Ctrl-C stops an answer. After an error with a message, what was shown for it waits for the next one."""
-    if lm.tokenizer is None:
-        raise UserError("this checkpoint has no tokenizer.json, so it cannot chat")
-    system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
-    messages, pictures = list(system), []
-    print("Type a message; /image FILE or /video FILE shows one, /reset starts over, /exit ends.", file=sys.stderr)
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        if line == "/exit":
-            return
-        command, _, argument = line.partition(" ")
-        try:
-            if line == "/reset":
-                messages, pictures = list(system), []
-            elif command in ("/image", "/video"):
-                pictures.append(_shown(lm, command[1:], argument.strip()))
-            elif re.fullmatch("/[A-Za-z]+", command):
-                raise UserError(f"{line[:40]} is no command; there are /image FILE, /video FILE, /reset and /exit")
-            elif line:
-                _answer(lm, messages, line, pictures, options)
-                pictures = []
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
-def _shown(lm: LanguageModel, kind: str, text: str) -> Picture:
-    """A picture of a chat, read now and once: what is wrong with it is said now, and its file may go."""
-    if not text:
-        raise UserError(f"/{kind} needs a file: /{kind} FILE")
-    content = content_with_pictures("", [_picture(kind, _typed_path(text))])
-    (visual,) = lm.prepare([{"role": "user", "content": content}], **_vision()).visuals
-    return Picture(kind, visual)
-
-
-def _typed_path(text: str) -> str:
-    """A path as it is, or as a shell takes it: quotes, backslashes, ~."""
-    if os.path.exists(text) or re.match(r"data:|[A-Za-z]\w+://", text):
-        return text
-    with contextlib.suppress(ValueError):  # a quote that is not closed
-        words = shlex.split(text)
-        text = words[0] if len(words) == 1 else text
-    return os.path.expanduser(text)
-
-
-def _answer(lm: LanguageModel, messages: list[dict], line: str, pictures: list[Picture], options: dict) -> None:
-    """Adds a message and its answer, which is written as it comes; after an error neither."""
-    asked, answer = {"role": "user", "content": content_with_pictures(line, pictures)}, ""
-    with contextlib.suppress(KeyboardInterrupt):
-        for piece in lm.stream([[*messages, asked]], **options, **_vision(), enable_thinking=THINK.value):
-            answer += piece.text
-            _write(piece.text)
-    _write("\n")
-    messages += [asked, {"role": "assistant", "content": answer}]
 
 
 def print_stats(stats: dict) -> None:
