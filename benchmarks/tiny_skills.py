@@ -171,8 +171,8 @@ def strings(skill: str) -> Callable[[random.Random], Case]:
     return make
 
 
-def fact(rng: random.Random) -> Case:
-    chosen = rng.choice(tiny_facts.FACTS)
+def fact(rng: random.Random, chosen: tiny_facts.Fact | None = None) -> Case:
+    chosen = chosen or rng.choice(tiny_facts.FACTS)
     question = tiny_facts.exchange(rng, held=True, fact=chosen).question
     return Case(ask(question), lambda text: ends_with(final_answer(text), chosen.answer), chosen.answer)
 
@@ -190,7 +190,7 @@ def calculation(rng: random.Random) -> Case:
 
 
 def choice(rng: random.Random) -> Case:
-    """The weather tool for the weather, the calculator for arithmetic, neither for facts."""
+    """The weather tool for the weather, the calculator for arithmetic, neither for facts that are no products."""
     kind = rng.randrange(3)
     if kind == 0:
         return calculation(rng)
@@ -198,7 +198,11 @@ def choice(rng: random.Random) -> Case:
         question, call, *_ = tiny_tools.weather(rng, held=True)
         arguments = json.loads(call["tool_calls"][0]["function"]["arguments"])
         return Case([question], lambda text: parse_call(text) == ("get_weather", arguments), arguments["city"])
-    return fact(rng)
+    chosen = rng.choice(tiny_facts.FACTS)
+    case = fact(rng, chosen)
+    if chosen.relation.name == "product":  # arithmetic is a call where there is a calculator (scripts/tiny_tools.py)
+        return dataclasses.replace(case, right=lambda text: right_calculation(text, int(chosen.answer)))
+    return case
 
 
 def shown(skill: str, kind: str) -> Callable[[random.Random], Case]:
