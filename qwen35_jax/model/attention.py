@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.model.inputs import Inputs
+from qwen35_jax.model.inputs import Inputs, StackedState
 from qwen35_jax.model.params import declare
 from qwen35_jax.model.products import Products
 from qwen35_jax.ops.attention import ShardedCache, attention, cached_attention
@@ -17,6 +17,7 @@ from qwen35_jax.ops.rotary import apply_rotary
 from qwen35_jax.sharding import Sharding
 
 CACHE_AXES = {"k": "S K P H", "v": "S K P H"}
+STACK_AXES = StackedState({name: f"U {axes}" for name, axes in CACHE_AXES.items()}, "")
 
 
 class GatedAttention(nnx.Module):
@@ -33,9 +34,13 @@ class GatedAttention(nnx.Module):
         self.eps, self.sharding, self.forms = config.rms_norm_eps, sharding, forms
         self.multiply = Products(config, sharding, forms)
 
+    def steps_in_stack(self, x: jax.Array) -> bool:
+        """As of `GatedDeltaNet`, whatever the number of tokens."""
+        return self.forms.cached_attention != "xla"
+
     @jax.named_scope("gated_attention")
-    def __call__(self, x: jax.Array, inputs: Inputs, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
-        """x [B, T, D] -> ([B, T, D], the unit's cache with the new keys and values)."""
+    def __call__(self, x: jax.Array, inputs: Inputs, cache: dict | StackedState | None = None):
+        """x [B, T, D] -> ([B, T, D], the unit's cache with the new keys and values, as it came)."""
         s, multiply = self.sharding, self.multiply
         x = multiply.share(x, self.q_gate.get_value(), self.k.get_value(), self.v.get_value())
         q_gate = multiply(x, s.repeat_heads(self.q_gate.get_value(), "D N G H", "N"), "BTD,DNGH->BTNGH")
@@ -61,20 +66,24 @@ class GatedAttention(nnx.Module):
         heads = ("B T N H", "B T K H", "B T K H", "B T")
         return self.sharding.shard_map(local, heads, "B T N H")(q, k, v, inputs.segment_ids)
 
-    def _attend_cached(self, q, k, v, inputs: Inputs, cache: dict) -> tuple[jax.Array, dict]:
+    def _attend_cached(self, q, k, v, inputs: Inputs, cache: dict | StackedState):
         layout, axes = None, self.sharding.rules["P"]
         if axes:
             layout = ShardedCache(*axes, inputs.chunk // self.sharding.size("P"), self.sharding.context_axis is not None)
 
+        stacked = isinstance(cache, StackedState)
+
         def local(q, k, v, cache, slots, start, count):
-            out, cache_k, cache_v = cached_attention(
-                q, k, v, cache["k"], cache["v"],
+            held, slots = cache.joined(1, slots) if stacked else (cache, slots)
+            out, new_k, new_v = cached_attention(
+                q, k, v, held["k"], held["v"],
                 slots=slots, start=start, count=count, implementation=self.forms.cached_attention, layout=layout,
             )  # fmt: skip
-            return out, {"k": cache_k, "v": cache_v}
+            new = {"k": new_k, "v": new_v}
+            return out, cache.updated(new) if stacked else new
 
         count = jnp.sum(inputs.segment_ids > 0, axis=1, dtype=jnp.int32)
-        slots = None if inputs.slots is None else "B"
-        axes = ("B T N H", "B T K H", "B T K H", CACHE_AXES, slots, "B", "B")
-        mapped = self.sharding.shard_map(local, axes, ("B T N H", CACHE_AXES))
-        return mapped(q, k, v, {"k": cache["k"], "v": cache["v"]}, inputs.slots, inputs.start, count)
+        cache_axes = STACK_AXES if stacked else CACHE_AXES
+        axes = ("B T N H", "B T K H", "B T K H", cache_axes, None if inputs.slots is None else "B", "B", "B")
+        mapped = self.sharding.shard_map(local, axes, ("B T N H", cache_axes))
+        return mapped(q, k, v, cache, inputs.slots, inputs.start, count)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from qwen35_jax.config import ModelConfig
@@ -101,10 +98,7 @@ class GatedDeltaNet(nnx.Module):
 
     def _step_in_stack(self, x: dict, w: dict, segment_ids: jax.Array, slots: jax.Array | None, state: StackedState):
         """As `_mix`, of one token: [U, L, S, ...] is [U L S, ...], in which the layer's slots are one after the other."""
-        count = state.parts["recurrent"].shape[2]
-        slots = state.place * count + (jnp.arange(count, dtype=jnp.int32) if slots is None else slots)
-        flat = {name: stack.reshape(-1, *stack.shape[3:]) for name, stack in state.parts.items()}
+        flat, slots = state.joined(2, slots)
         form = self.forms.gated_delta_step
         out, flat = gated_delta_net_step(x, w, flat, slots, active=segment_ids > 0, implementation=form)
-        parts = {name: flat[name].reshape(stack.shape) for name, stack in state.parts.items()}
-        return out, dataclasses.replace(state, parts=parts)
+        return out, state.updated(flat)

@@ -37,11 +37,22 @@ class Inputs:
 class StackedState:
     """A layer's part of the decoding state, left in the stacks of all layers' for a kernel to read and write in place.
 
-    parts: arrays [U, L, S, ...] by name. place: int32 [], the layer's own among the U * L.
+    parts: arrays [U, L, S, ...] by name, or [U, S, ...] of one layer a unit. place: int32 [], the layer's own among the U * L.
     """
 
     parts: dict
     place: jax.Array
+
+    def joined(self, layers: int, slots: jax.Array | None) -> tuple[dict, jax.Array]:
+        """(the parts with their `layers` axes of layers and the one of slots as one, the layer's `slots` in it; None: all)."""
+        count = next(iter(self.parts.values())).shape[layers]
+        slots = self.place * count + (jnp.arange(count, dtype=jnp.int32) if slots is None else slots)
+        return {name: x.reshape(-1, *x.shape[layers + 1 :]) for name, x in self.parts.items()}, slots
+
+    def updated(self, joined: dict) -> StackedState:
+        """The inverse, with new numbers."""
+        parts = {name: joined[name].reshape(x.shape) for name, x in self.parts.items()}
+        return dataclasses.replace(self, parts=parts)
 
 
 @jax.tree_util.register_dataclass

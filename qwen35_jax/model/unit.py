@@ -72,7 +72,7 @@ class Unit(nnx.Module):
         for i in range(last + 1):
             names, index, sizes = (LINEAR_STATE, (u, i), last) if i < last else (ATTENTION_STATE, (u,), 1)
             layer = self.layers[str(i)]
-            in_stack = i < last and layer.mixer.steps_in_stack(x)
+            in_stack = layer.mixer.steps_in_stack(x)
             part = None if state is None else _part({name: state[name] for name in names}, index, sizes, in_stack)
             x, part, load = layer(x, inputs, part)
             if state is not None:
@@ -84,7 +84,7 @@ class Unit(nnx.Module):
 
 def _part(state: dict, index: tuple, layers: int, in_stack: bool) -> dict | StackedState:
     """A layer's part of the state, cut out or, where it is stacked, left there."""
-    if in_stack and not isinstance(state["recurrent"], tuple):
+    if in_stack and not any(isinstance(x, tuple) for x in state.values()):
         return StackedState(state, jnp.asarray(_flat(index, layers), jnp.int32))
     return {name: _slice(x, index, layers) for name, x in state.items()}
 

@@ -11,6 +11,7 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.attention import tpu as attention_tpu
+from qwen35_jax.ops.attention import tpu_cached
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu
 from qwen35_jax.ops.hopper import operands
@@ -95,6 +96,8 @@ def _tpu_forms(config: ModelConfig) -> Forms:
         forms |= {"gated_delta_rule": "pallas_tpu", "gated_delta_step": "pallas_tpu", "causal_conv1d": "pallas_tpu"}
     if attention_tpu.supports(config.head_dim, config.dtype):
         forms["attention"] = "pallas_tpu"
+    if tpu_cached.supports(config.head_dim):
+        forms["cached_attention"] = "pallas_tpu"
     if config.fp8_weights and all(n % BLOCK == 0 for n in _fp8_widths(config)):
         forms |= _fp8_forms(config, "pallas_tpu")
     return Forms(**forms)

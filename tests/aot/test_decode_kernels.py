@@ -1,5 +1,5 @@
 """The Pallas kernels of decode compiled for TPUs and GPUs that are not there, at the shapes of published models, 64 slots:
-that they fit, that the state stays where it is, how many instruction bundles or registers they take; and attention's in training.
+that they fit, that the state stays where it is, how many instruction bundles or registers they take; and attention's kernels.
 
 python -m tests.aot.test_decode_kernels step v5e 35b-a3b
 """
@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding
 
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.ops.attention import attention
+from qwen35_jax.ops.attention import attention, cached_attention
 from qwen35_jax.ops.gated_delta import gated_delta_step
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
 from tests.aot.bundles import DUMP, bundles_of
@@ -31,7 +31,7 @@ from tests.aot.devices import TARGETS, target_devices
 from tests.aot.run import SETTINGS
 from tests.aot.test_compile import NEEDS
 
-SLOTS, TIME, MIB = 64, 8192, 2**20
+SLOTS, TIME, CAPACITY, MIB = 64, 8192, 32768, 2**20
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
@@ -48,6 +48,17 @@ STEP_SLOW = {
     ("v5p", "397b-a17b"): 83,
     ("v6e", "397b-a17b"): 68,
     ("tpu7x", "397b-a17b"): 64,
+}
+# Bundles of cached attention's kernel, a twentieth above what was measured: of 1,024 rows of queries and as many keys, and of a
+# token's queries and 2,048 keys.
+CACHED = {("v5e", "prefill"): 10440, ("tpu7x", "token"): 906}
+CACHED_SLOW = {
+    ("v5p", "prefill"): 10700,
+    ("v6e", "prefill"): 5475,
+    ("tpu7x", "prefill"): 5955,
+    ("v5e", "token"): 1115,
+    ("v5p", "token"): 1201,
+    ("v6e", "token"): 957,
 }
 HOPPER = [
     pytest.param(target, preset, marks=() if (target, preset) == ("h100", "35b-a3b") else pytest.mark.slow)
@@ -104,7 +115,26 @@ def compile_attention(mesh, config: ModelConfig):
     return _local(passes, mesh).lower(q, k, k, array(1, TIME, dtype=jnp.int32), q).compile()
 
 
-COMPILE = {"step": compile_step, "hopper step": compile_hopper_step, "attention": compile_attention}
+def compile_cached(mesh, config: ModelConfig, rows: int, time: int):
+    """New tokens of `rows` slots that attend to a cache, donated."""
+    array, groups, width = _arrays(mesh), config.num_key_value_heads, config.head_dim
+    q, k = array(rows, time, config.num_attention_heads, width), array(rows, time, groups, width)
+    cache, numbers = array(rows, groups, CAPACITY, width), array(rows, dtype=jnp.int32)
+
+    def step(q, k, v, cache_k, cache_v, start, count):
+        return cached_attention(q, k, v, cache_k, cache_v, start=start, count=count, implementation="pallas_tpu")
+
+    return _local(step, mesh, donate_argnums=(3, 4)).lower(q, k, k, cache, cache, numbers, numbers).compile()
+
+
+COMPILE = {
+    "step": compile_step,
+    "hopper step": compile_hopper_step,
+    "attention": compile_attention,
+    "prefill": functools.partial(compile_cached, rows=1, time=2048),
+    "token": functools.partial(compile_cached, rows=SLOTS, time=1),
+}
+KERNEL = {"step": "gated_delta_net_step", "prefill": "cached_attention", "token": "cached_attention"}
 
 
 def _local(function, mesh, **options):
@@ -120,7 +150,7 @@ def compile_here(what: str, target: str, preset: str) -> dict:
 
 
 def compile_elsewhere(what: str, target: str, preset: str) -> dict:
-    """`compile_here` in a process of its own, with the decode kernel's bundles on TPU, its registers and spilled bytes on GPU."""
+    """`compile_here` in a process of its own, with the kernel's bundles on TPU, its registers and spilled bytes on GPU."""
     needed = NEEDS[TARGETS[target].platform]
     if importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install -e '.[test,aot]'")
@@ -133,7 +163,7 @@ def compile_elsewhere(what: str, target: str, preset: str) -> dict:
         assert done.returncode == 0, f"{target} {preset} did not compile:\n{done.stderr[-4000:]}"
         reports = "".join(p.read_text() for p in Path(dump).glob("gated_delta_step*.ptxas"))
         return json.loads(done.stdout.splitlines()[-1]) | {
-            "bundles": bundles_of(Path(dump), "gated_delta_net_step"),
+            "bundles": bundles_of(Path(dump), KERNEL[what]) if what in KERNEL else None,
             "registers": [int(n) for n in _REGISTERS.findall(reports)],
             "spilled": sum(sum(map(int, pair)) for pair in _SPILLS.findall(reports)),
         }
@@ -154,6 +184,16 @@ def test_step(target, preset, ceiling):
     state = SLOTS * heads * width * width * 4
     assert result["in_place"] > state and result["temporary"] < state / 64
     assert each <= ceiling
+
+
+@pytest.mark.parametrize(("target", "what", "ceiling"), list(_cases(CACHED, CACHED_SLOW)))
+def test_cached_attention(target, what, ceiling):
+    """The caches are updated in place, and nothing of their size is made beside them."""
+    result = compile_elsewhere(what, target, "35b-a3b")
+    print(target, what, result)
+    caches = 2 * (1 if what == "prefill" else SLOTS) * 2 * CAPACITY * 256 * 2
+    assert result["in_place"] == caches and result["temporary"] < 17 * MIB
+    assert result["bundles"] <= ceiling
 
 
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")

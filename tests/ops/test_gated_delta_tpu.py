@@ -147,7 +147,8 @@ def mesh_of(platform, capability="8.0"):
 
 def test_choice_of_forms():
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
-    ours = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "causal_conv1d", "fp8_training_linear"), "pallas_tpu")
+    ours = ("gated_delta_rule", "gated_delta_step", "causal_conv1d", "cached_attention", "fp8_training_linear")
+    ours = dict.fromkeys(ours, "pallas_tpu")
     chosen = Forms(**ours, attention="pallas_tpu")
     assert resolve_forms(mesh_of("tpu"), large) == resolve_forms(mesh_of("tpu"), large, "pallas") == chosen
     assert resolve_forms(mesh_of("tpu"), large, "xla") == Forms()

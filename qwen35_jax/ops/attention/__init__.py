@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.attention import cached, ring, sharded_cache, tpu, xla
+from qwen35_jax.ops.attention import cached, ring, sharded_cache, tpu, tpu_cached, xla
 from qwen35_jax.ops.attention.sharded_cache import ShardedCache
 from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 
@@ -89,7 +89,7 @@ def cached_attention(
       start: int32 [B], tokens the slot already holds. start + T <= Tc wherever count > 0.
       count: int32 [B], how many of the T new tokens are real. 0: a dead row, whose slot is left unchanged and whose
         output means nothing. What is written beyond the real tokens is never seen, and overwritten by the next call.
-      implementation: None or "xla".
+      implementation: None (xla), "xla" or "pallas_tpu", which takes H in multiples of 128.
       layout: under `shard_map`, how the cache (and, if so, T) is cut over a mesh axis: Tc is then of this shard's part, start and
         count of the whole step.
 
@@ -99,7 +99,7 @@ def cached_attention(
     Raises:
       UserError: shapes that do not fit together, or an implementation that does not exist.
     """
-    check_implementation("cached_attention", implementation)
+    check_implementation("cached_attention", implementation, FORMS)
     _check_heads("cached_attention", q, k, v)
     batch, time, groups, width = k.shape
     if q.shape[1] != time:
@@ -113,12 +113,14 @@ def cached_attention(
         raise UserError(f"cached_attention: {time} new tokens do not fit a cache of {expected[2]}")
     if (slots is None and expected[0] != batch) or (slots is not None and slots.shape != (batch,)):
         raise UserError(f"cached_attention: {batch} rows on {expected[0]} slots; pass slots int32 [{batch}], or one slot per row")
+    if implementation == "pallas_tpu" and not tpu_cached.supports(width):
+        raise UserError(f"cached_attention: pallas_tpu needs H in multiples of {tpu_cached.LANES}, not {width}")
     for name, x in (("start", start), ("count", count)):
         if x.shape != (batch,):
             raise UserError(f"cached_attention: {name} has shape {x.shape}; pass one number per row, {(batch,)}")
     if layout is not None:
-        return sharded_cache.cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout)
-    return cached.cached_attention(q, k, v, cache_k, cache_v, slots, start, count)
+        return sharded_cache.cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout, implementation)
+    return cached.cached_attention(q, k, v, cache_k, cache_v, slots, start, count, implementation)
 
 
 def _check_heads(op: str, q, k, v) -> None:

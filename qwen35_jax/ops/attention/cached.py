@@ -1,4 +1,4 @@
-"""Attention over a cache of keys and values, in plain XLA: one token (decode) in a few large ops, several in blocks."""
+"""Attention over a cache of keys and values; in plain XLA one token (decode) in a few large ops, several in blocks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen35_jax.ops.attention import xla
+from qwen35_jax.ops.attention import tpu_cached, xla
 
 
-def cached_attention(q, k, v, cache_k, cache_v, slots, start, count):
+def cached_attention(q, k, v, cache_k, cache_v, slots, start, count, implementation):
     """See `ops.attention.cached_attention`."""
     cache_k = append(cache_k, k, slots, start, count)
     cache_v = append(cache_v, v, slots, start, count)
+    if implementation == "pallas_tpu":
+        out = tpu_cached.attend(q.astype(cache_k.dtype), cache_k, cache_v, slots, start, count)
+        return out.astype(q.dtype), cache_k, cache_v
     attend = _attend_token if q.shape[1] == 1 else _attend_tokens
     return attend(q, cache_k, cache_v, slots, start, count), cache_k, cache_v
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.attention import cached, xla
+from qwen35_jax.ops.attention import cached, tpu_cached, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,34 +46,54 @@ class ShardedCache:
         return position // turn * self.block + own - 1
 
 
-def cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout: ShardedCache):
+def cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout: ShardedCache, implementation):
     """See `ops.attention.cached_attention` with a layout."""
     layout.check(q.shape[1], cache_k.shape[2])
     if layout.tokens_cut:
-        return _prefill(q, k, v, cache_k, cache_v, slots, start, count, layout)
+        return _prefill(q, k, v, cache_k, cache_v, slots, start, count, layout, implementation)
     # The shard whose last key a position is counts one more up to it than up to the one before.
     place = layout.last_seen(start)
     owned = jnp.where(place > layout.last_seen(start - 1), count, 0)
     cache_k, cache_v = (cached.append(c, x, slots, place, owned) for c, x in ((cache_k, k), (cache_v, v)))
+    if implementation == "pallas_tpu":
+        out, log_sum = _by_kernel(q, cache_k, cache_v, slots, place, count, (0, 1))
+    else:
+        out, log_sum = _token_by_xla(q, cache_k, cache_v, slots, place)
+    return _added(out, log_sum, layout.axis).astype(q.dtype), cache_k, cache_v
+
+
+def _by_kernel(q, cache_k, cache_v, slots, base, count, cut):
+    cut = [jnp.asarray(x, jnp.int32) for x in cut]
+    return tpu_cached.attend(q.astype(cache_k.dtype), cache_k, cache_v, slots, base, count, cut, partial=True)
+
+
+def _token_by_xla(q, cache_k, cache_v, slots, place):
     scores, values = cached.token_scores(q, cache_k, cache_v, slots, place)
     log_sum = jax.nn.logsumexp(scores, axis=-1)
     weights = jnp.exp(scores - jnp.where(log_sum == -jnp.inf, 0, log_sum)[..., None])
-    out = _added(cached.weighted(weights, values), log_sum, layout.axis)
-    return out.reshape(q.shape).astype(q.dtype), cache_k, cache_v
+    return cached.weighted(weights, values).reshape(q.shape), log_sum.reshape(q.shape[:3])
 
 
-def _prefill(q, k, v, cache_k, cache_v, slots, start, count, layout: ShardedCache):
+def _prefill(q, k, v, cache_k, cache_v, slots, start, count, layout: ShardedCache, implementation):
     time, axis = q.shape[1], layout.axis
     place = start // jax.lax.axis_size(axis)
     own = jnp.clip(count - jax.lax.axis_index(axis) * time, 0, time)
     cache_k, cache_v = (cached.append(c, x, slots, place, own) for c, x in ((cache_k, k), (cache_v, v)))
     q = jax.lax.all_gather(q, axis, axis=1, tiled=True)
+    if implementation == "pallas_tpu":
+        # `start` is a multiple of what all shards hold of a step: token t sees, of this one's new keys, those of its own block.
+        out, log_sum = _by_kernel(q, cache_k, cache_v, slots, place, count, (jax.lax.axis_index(axis) * time, time))
+    else:
+        out, log_sum = _tokens_by_xla(q, cache_k, cache_v, slots, start, count, layout)
+    return _added(out, log_sum, axis, scattered=1).astype(q.dtype), cache_k, cache_v
+
+
+def _tokens_by_xla(q, cache_k, cache_v, slots, start, count, layout: ShardedCache):
     column = jnp.arange(q.shape[1], dtype=jnp.int32)
     last = jnp.where(column < count[:, None], layout.last_seen(start[:, None] + column), -1)
     out, log_sum = cached.attend_cache(q, cache_k, cache_v, slots, last)
     out, log_sum = xla.joined(out, q.shape[1]), xla.joined(log_sum[..., None], q.shape[1])[..., 0]
-    out = _added(out, jnp.where(log_sum == jnp.inf, -jnp.inf, log_sum), axis, scattered=1)
-    return out.astype(q.dtype), cache_k, cache_v
+    return out, jnp.where(log_sum == jnp.inf, -jnp.inf, log_sum)
 
 
 def _added(out, log_sum, axis: str, scattered: int | None = None):
