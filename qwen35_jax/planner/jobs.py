@@ -70,8 +70,6 @@ class Job:
             raise UserError("--fully_sharded is of inference: training cuts all that it keeps anyway; leave it out")
         if self.training and self.yarn:
             raise UserError("--yarn is of inference: leave it out")
-        if self.training and self.context_parallel and self.weights == "fp8":
-            raise UserError("--context_parallel does not go with FP8 training: its blocks of tokens would lie across devices")
 
     def check_context(self) -> None:
         """UserError where the model was not made for so many tokens."""

@@ -145,8 +145,6 @@ def check_config(c: ConfigDict) -> None:
     for field in ("hold", "monitor_every"):
         if c.fp8[field] and not c.fp8.enabled:
             raise UserError(f"config.fp8.{field} is about FP8 layers: set config.fp8.enabled")
-    if c.context_parallel and c.fp8.enabled:
-        raise UserError("config.fp8.enabled does not go with context_parallel: its blocks of tokens would lie across devices")
     if c.lora.rank and (c.freeze or c.fp8.enabled):
         raise UserError("config.lora trains nothing but its own matrices: it goes with neither freeze nor fp8.enabled")
     if c.lora != default_config().lora and not c.lora.rank:

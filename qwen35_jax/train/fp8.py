@@ -67,5 +67,5 @@ def fp8_layers(model: Model, hold: Sequence[str] = ()) -> Fp8Layers:
     declared = flatten(model.declarations())
     weights = {path: p.axes for path, p in declared.items() if p.fp8}
     held = select(weights, hold, "config.fp8.hold")
-    cuts = tuple((letter, model.sharding.size(letter)) for letter in "BNKF")
+    cuts = tuple((letter, model.sharding.size(letter)) for letter in "BTNKF")
     return Fp8Layers(tuple((p, axes) for p, axes in weights.items() if p not in held), tuple(c for c in cuts if c[1] > 1))

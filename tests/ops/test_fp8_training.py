@@ -192,6 +192,20 @@ def test_blocks_begin_anew_in_every_part(form, sizes):
     assert distance(dw, np.concatenate([p[2] for p in parts], 0)) < 1e-6
 
 
+def test_rows_and_tokens_that_a_mesh_cuts(form):
+    """As with context parallelism on replicas: the gradient of w is summed over the tokens of each part, in blocks of its own."""
+    spec, cuts = "BTD,DF->BTF", (("B", 2), ("T", 4))
+    x, w, dy = spec_operands(spec, sizes=SIZES | {"B": 2, "T": 4 * 136})
+    y, dx, dw = products(lambda x, w: linear(x, w, spec), x, w, dy, cuts=cuts)
+    parts = [[part for row in np.split(a, 2) for part in np.split(row, 4, axis=1)] for a in (x, dy)]
+    wanted = [expected_products(spec, a, w, b) for a, b in zip(*parts, strict=True)]
+    for got, at in ((y, 0), (dx, 1)):
+        rows = [np.concatenate([p[at] for p in wanted[4 * i : 4 * i + 4]], axis=1) for i in range(2)]
+        assert distance(got, np.concatenate(rows)) < 1e-6
+    assert distance(dw, sum(p[2] for p in wanted)) < 1e-6
+    assert distance(dw, expected_products(spec, x, w, dy)[2]) > 1e-3  # in blocks that lie across the parts
+
+
 # --- grouped linear
 
 

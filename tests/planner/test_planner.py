@@ -216,7 +216,6 @@ def test_images_beside_cut_sequences():
     [
         ({"workload": "train", "fully_sharded": True}, "8x1", "fully_sharded is of inference"),
         ({"workload": "train", "yarn": 4.0}, "8x1", "yarn is of inference"),
-        ({"workload": "train", "weights": "fp8", "context_parallel": True}, "8x1", "does not go with FP8 training"),
         ({"workload": "train", "context": 4095, "context_parallel": True}, "8x1", "4095; it must be a multiple of the 8 parts"),
         ({"workload": "train", "context": 16, "context_parallel": True}, "8x1", "of at least 3 tokens"),
         ({"workload": "decode", "fully_sharded": True}, "1x8", "mesh 1x8 has none: use one such as 8x1"),

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.train.config import check_config
+from qwen35_jax.train.fp8 import fp8_layers
+from qwen35_jax.train.partition import flatten
 from qwen35_jax.train.run import initial_state
-from tests.train.conftest import LENGTH, ROWS, random_batch, small_config, small_run
+from tests.train.conftest import LENGTH, ROWS, random_batch, small_run
 from tests.train.test_step import TOLERANCE, curve
 
 CASES = [  # cuts, mesh, whether the model is dense
@@ -35,8 +36,8 @@ def at_cuts(shards: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def loss_and_gradients(shards: int, mesh: str, context_parallel: bool, dense: bool):
-    run = small_run(mesh=mesh, context_parallel=context_parallel, **(DENSE if dense else {}))
+def loss_and_gradients(shards: int, mesh: str, context_parallel: bool, dense: bool, fp8: bool = False):
+    run = small_run(mesh=mesh, context_parallel=context_parallel, fp8__enabled=fp8, **(DENSE if dense else {}))
     state = initial_state(run)
     batch = jax.device_put(at_cuts(shards), jax.tree.map(lambda x: x.sharding, run.train_step().arguments[1]))
 
@@ -69,9 +70,20 @@ def test_a_length_that_cannot_be_cut():
         small_run(mesh="8x1", context_parallel=True, data__sequence_length=44)
 
 
-def test_fp8_products_are_refused():
-    with pytest.raises(UserError, match="fp8.enabled does not go with context_parallel"):
-        check_config(small_config(mesh="8x1", context_parallel=True, fp8__enabled=True))
+@pytest.mark.slow
+def test_products_in_fp8():
+    """The same losses, since blocks along features are the same ones. Gradients of the weights are summed over the tokens of each
+    part, in other blocks: two operands, each rounded anew by 2.6 %, and 0.042 was seen; elsewhere what a few roundings change."""
+    (want, want_sums), want_gradients = loss_and_gradients(4, "1x1", False, True, True)
+    (got, sums), gradients = loss_and_gradients(4, "4x1", True, True, True)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    for name, expected in want_sums.items():
+        np.testing.assert_allclose(sums[name], expected, rtol=2e-5, err_msg=name)
+    products = dict(fp8_layers(small_run(**DENSE).model).weights)
+    assert products
+    found, wanted = flatten(gradients), flatten(want_gradients)
+    for path, x in wanted.items():
+        assert np.linalg.norm(found[path] - x) <= (0.055 if path in products else 0.02) * np.linalg.norm(x), path
 
 
 @pytest.mark.slow

@@ -23,22 +23,38 @@ TOKENS, INS, OUTS = 0, 1, 2
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Sizes of the axes of tokens, of those that are summed and of the results, and into how many parts each group is cut."""
+    """Sizes of the axes of tokens, of those that are summed and of the results, and into how many parts each axis is cut."""
 
     shapes: tuple[tuple[int, ...], ...]
-    cuts: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]
 
     def pair(self, group: int) -> tuple[int, int]:
         """[parts, entries of a part] of a group."""
-        return self.cuts[group], math.prod(self.shapes[group]) // self.cuts[group]
+        parts = math.prod(self.cuts[group])
+        return parts, math.prod(self.shapes[group]) // parts
 
-    def view(self, a: jax.Array, first: int, second: int) -> jax.Array:
-        """An array with the axes of two groups as [parts, rows, parts, columns]."""
-        return a.reshape(*self.pair(first), *self.pair(second))
+    def _split(self, group: int) -> list[int]:
+        return [n for size, parts in zip(self.shapes[group], self.cuts[group], strict=True) for n in (parts, size // parts)]
 
-    def flat(self, a: jax.Array, first: int, second: int) -> jax.Array:
+    def view(self, a: jax.Array, *groups: int) -> jax.Array:
+        """An array with the axes of these groups, others perhaps behind them, with [parts, entries of a part] of each."""
+        split, order = [], []
+        for group in groups:
+            begin, split = len(split), split + self._split(group)
+            order += [*range(begin, len(split), 2), *range(begin + 1, len(split), 2)]
+        behind = a.shape[len(split) // 2 :]
+        a = a.reshape(*split, *behind).transpose(*order, *range(len(order), len(order) + len(behind)))
+        return a.reshape(*(n for group in groups for n in self.pair(group)), *behind)
+
+    def flat(self, a: jax.Array, *groups: int) -> jax.Array:
         """The inverse of `view`."""
-        return a.reshape(*self.shapes[first], *self.shapes[second])
+        split, order, behind = [], [], a.shape[2 * len(groups) :]
+        for group in groups:
+            sizes, begin = self._split(group), len(split)
+            split += [*sizes[::2], *sizes[1::2]]
+            order += [begin + i + half * len(sizes) // 2 for i in range(len(sizes) // 2) for half in (0, 1)]
+        a = a.reshape(*split, *behind).transpose(*order, *range(len(order), len(order) + len(behind)))
+        return a.reshape(*(n for group in groups for n in self.shapes[group]), *behind)
 
 
 def _layout(x: jax.Array, w: Fp8Operand, spec: str) -> Layout:
@@ -51,24 +67,25 @@ def _layout(x: jax.Array, w: Fp8Operand, spec: str) -> Layout:
     sizes = dict(zip(x_axes + w_axes, x.shape + w.value.shape, strict=True))
     parts = dict(w.cuts)
 
-    def cut(letters):  # a mesh cuts the first axis of a group, if any
-        n = parts.get(letters[:1], 1)
-        return n if letters and sizes[letters[0]] % n == 0 else 1
+    def cut(letter):
+        n = parts.get(letter, 1)
+        return n if sizes[letter] % n == 0 else 1
 
     groups = (tokens, ins, outs)
-    return Layout(tuple(tuple(sizes[a] for a in g) for g in groups), tuple(map(cut, groups)))
+    return Layout(*(tuple(tuple(map(of, group)) for group in groups) for of in (sizes.get, cut)))
 
 
 def linear_fp8(x: jax.Array | Fp8Activation, w: Fp8Operand, spec: str, out_dtype, kernel=None) -> jax.Array:
     """See `qwen35_jax.ops.linear.linear`; shapes are checked. kernel(dtype, ...), taken for
     `block_dot`, does what that does, with a result in `dtype`."""
     layout = _layout(x.x if isinstance(x, Fp8Activation) else x, w, spec)
-    if isinstance(x, Fp8Activation) and len(layout.shapes[INS]) == layout.cuts[INS] == 1:
+    if isinstance(x, Fp8Activation) and layout.cuts[INS] == (1,):
         x, values, scales = x.x, x.values, x.scales
     else:
         x = x.x if isinstance(x, Fp8Activation) else x
         values, scales = quantize_blocks(layout.view(jax.lax.stop_gradient(x), TOKENS, INS), (3,))
-        values, scales = values.reshape(x.shape), scales.reshape(*layout.shapes[TOKENS], -1)
+        values = layout.flat(values, TOKENS, INS)
+        scales = layout.flat(scales.reshape(*layout.pair(TOKENS), -1), TOKENS)
     static = kernel, layout, jnp.dtype(out_dtype), x.dtype, w.statistics_axis
     return _product(*static, x, values, scales, w.value)
 
@@ -120,7 +137,8 @@ _product.defvjp(_product_forward, _product_backward)
 
 def _activation(layout: Layout, values, scales):
     """x as (values, scales) of its four-dimensional form."""
-    return layout.view(values, TOKENS, INS), scales.reshape(*layout.pair(TOKENS), layout.cuts[INS], -1)
+    scales = layout.view(scales, TOKENS).reshape(*layout.pair(TOKENS), layout.pair(INS)[0], -1)
+    return layout.view(values, TOKENS, INS), scales
 
 
 def _forward(layout, opened, quantised, dot, x, w):
