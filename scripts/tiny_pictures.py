@@ -1,8 +1,8 @@
 """Writes the training data with which the packaged model learns to see, mixed with its text: the same bytes every time.
 
-    python -m scripts.tiny_pictures --out DIR [--first] [--seed 2] [--size 120000] [--text 0.45]
+    python -m scripts.tiny_pictures --out DIR [--first] [--seed 2] [--size 120000] [--text 0.45] [--mixture third]
 
-DIR/train.jsonl has the training side of every scene (`tiny_scenes`) and text of `tiny_data`'s third mixture, DIR/eval.jsonl 500
+DIR/train.jsonl has the training side of every scene (`tiny_scenes`) and text of a mixture of `tiny_data`, DIR/eval.jsonl 500
 lines of the held-out side. A picture is a data: URL in its line, a clip a list of such. With --first it is what is learned first:
 what is hard to find in a tower's rows, and was not found in 3,600 steps where all else was asked as well (docs/lab_notes.md).
 """
@@ -37,10 +37,10 @@ def chat(rng: random.Random, held: bool, first: bool = False) -> dict:
     return {"messages": messages}
 
 
-def documents(seed: int, text: float, held: bool = False, first: bool = False) -> Iterator[dict]:
+def documents(seed: int, text: float, held: bool = False, first: bool = False, mixture: str = "third") -> Iterator[dict]:
     """Lines without end, the share `text` of them without pictures; with `held` of the side that training never shows."""
     rng = random.Random(f"pictures {seed} {'held out' if held else 'training'}")
-    texts = tiny_data.documents(seed, held, "third")
+    texts = tiny_data.documents(seed, held, mixture)
     while True:
         yield next(texts)[1] if rng.random() < text else chat(rng, held, first)
 
@@ -52,11 +52,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=2, help="of everything that is drawn (default: %(default)s)")
     parser.add_argument("--size", type=int, default=120_000, help="documents to train on (default: %(default)s)")
     parser.add_argument("--text", type=float, default=0.45, help="share of them without pictures (default: %(default)s)")
+    parser.add_argument("--mixture", choices=tiny_data.MIXTURES, default="third", help="of the text (default: %(default)s)")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for name, held, size in (("train", False, options.size), ("eval", True, EVAL_LINES)):
         path = options.out / f"{name}.jsonl"
-        found = documents(options.seed, options.text, held, options.first)
+        found = documents(options.seed, options.text, held, options.first, options.mixture)
         with path.open("w", encoding="utf-8", newline="\n") as file:
             for _ in range(size):
                 file.write(json.dumps(next(found), ensure_ascii=False) + "\n")

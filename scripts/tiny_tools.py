@@ -13,7 +13,7 @@ import random
 
 from scripts import tiny_arithmetic, tiny_facts
 from scripts.tiny_cases import draw, relaxed
-from scripts.tiny_corpus import CAPITALS
+from scripts.tiny_corpus import ADJECTIVES, CAPITALS, NAMES, NOUNS
 
 NAME = "calculate"
 OTHER_NAME = "calculator"
@@ -132,8 +132,9 @@ def calculation(rng: random.Random, held: bool, name: str) -> list[dict]:
     return call_messages(asked, name, {"expression": text}, value, f"The answer is {value}.")
 
 
-def weather(rng: random.Random, held: bool) -> list[dict]:
-    city = draw(rng, _city, lambda c: f"weather:{c}", held)
+def weather(rng: random.Random, held: bool, city: str | None = None) -> list[dict]:
+    """Messages about the weather in a city, by default a capital."""
+    city = city or draw(rng, _city, lambda c: f"weather:{c}", held)
     kind, degrees = rng.choice(WEATHER), rng.randrange(-10, 36)
     asked = relaxed(rng, rng.choice(WEATHER_QUESTIONS).format(city=city))
     return call_messages(
@@ -163,6 +164,19 @@ def document(rng: random.Random, held: bool = False, thinking: bool = False) -> 
     if thinking:
         _think(messages[begin:])
     return {"messages": messages, "tools": tools}
+
+
+def anywhere(rng: random.Random, held: bool = False) -> dict:
+    """A chat line about the weather in towns that do not exist: an argument is copied, not remembered."""
+    tools = [_tool(NAME, CALCULATE["function"]["description"], "expression"), WEATHER_TOOL]
+    rng.shuffle(tools)
+    towns = [draw(rng, _town, lambda town: f"weather:{town}", held) for _ in range(rng.randint(1, 2))]
+    return {"messages": [message for town in towns for message in weather(rng, held, town)], "tools": tools}
+
+
+def _town(rng: random.Random) -> str:
+    words = rng.choice(((NAMES,), (NAMES, NOUNS), (ADJECTIVES, NOUNS), (NOUNS, NOUNS)))
+    return " ".join(rng.choice(some).capitalize() for some in words)
 
 
 def _direct(rng: random.Random, held: bool) -> list[dict]:
