@@ -5,9 +5,10 @@
     python -m scripts.tiny_pictures --out runs/tiny_pictures_data --seed 3 --size 80000 --text 0.2
     python -m scripts.tiny_pictures --out runs/tiny_mixture_data --size 80000 --text 0.6
     python -m scripts.tiny_pictures --out runs/tiny_text_data --seed 4 --size 80000 --text 0.75 --mixture fourth
-    for part in places pictures mixture text; do
-      python -m qwen35_jax.train --config configs/tiny_vision.py:$part --workdir runs/tiny_$part --export_hf runs/tiny_${part}_hf
-    done
+    python -m qwen35_jax.train --config configs/tiny_vision.py:places --workdir runs/tiny_places --export_hf runs/tiny_places_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:pictures --workdir runs/tiny_pictures --export_hf runs/tiny_pictures_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:mixture --workdir runs/tiny_mixture --export_hf runs/tiny_mixture_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:text --workdir runs/tiny_text --export_hf runs/tiny_text_hf
     python -m benchmarks.tiny_skills --checkpoint runs/tiny_text_hf
 
 The first command gives the text model where configs/tiny_more.py ended, in runs/tiny_more_hf, a tower that tells answers apart;
