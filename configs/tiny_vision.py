@@ -6,8 +6,8 @@
     python -m scripts.tiny_pictures --out runs/tiny_mixture_data --size 80000 --text 0.6
     python -m scripts.tiny_pictures --out runs/tiny_text_data --seed 4 --size 80000 --text 0.75 --mixture fourth
     python -m qwen35_jax.train --config configs/tiny_vision.py:places --workdir runs/tiny_places --export_hf runs/tiny_places_hf
-    python -m qwen35_jax.train --config configs/tiny_vision.py:pictures --workdir runs/tiny_pictures --export_hf runs/tiny_pictures_hf
-    python -m qwen35_jax.train --config configs/tiny_vision.py:mixture --workdir runs/tiny_mixture --export_hf runs/tiny_mixture_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:pictures --workdir runs/tiny_shown --export_hf runs/tiny_shown_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:mixture --workdir runs/tiny_mixed --export_hf runs/tiny_mixed_hf
     python -m qwen35_jax.train --config configs/tiny_vision.py:text --workdir runs/tiny_text --export_hf runs/tiny_text_hf
     python -m benchmarks.tiny_skills --checkpoint runs/tiny_text_hf
 
@@ -65,13 +65,13 @@ def _pictures(c: ConfigDict) -> None:
 
 
 def _mixture(c: ConfigDict) -> None:
-    c.model.source, c.steps = "runs/tiny_pictures_hf", 2500
+    c.model.source, c.steps = "runs/tiny_shown_hf", 2500
     _data(c, "runs/tiny_mixture_data")
     _rates(c, 8e-4, falls=True)
 
 
 def _text(c: ConfigDict) -> None:
-    c.model.source, c.steps = "runs/tiny_mixture_hf", 2400
+    c.model.source, c.steps = "runs/tiny_mixed_hf", 2400
     _data(c, "runs/tiny_text_data")
     _rates(c, 8e-4, falls=True)
 
