@@ -114,6 +114,16 @@ def test_a_cache_cut_over_devices(shards):
     np.testing.assert_allclose(results["pallas_tpu"], results["xla"], rtol=0, atol=2e-6)
 
 
+def test_no_races():
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
+
+    inputs, places = make((30, 5), 9)
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
+        watched = jax.jit(functools.partial(cached_attention, implementation="pallas_tpu"))  # `step` is compiled without
+        jax.block_until_ready(watched(*inputs, **places, count=np.full(2, 9, np.int32)))
+    assert not interpreter.races.races_found
+
+
 def test_other_widths_are_refused():
     (q, k, v, *cache), places = make((0,), 1)
     with pytest.raises(UserError, match="needs H in multiples of 128, not 64"):
