@@ -19,10 +19,10 @@ from qwen35_jax.planner.topologies import COMPILERS, parse_topology
 ROOT = Path(__file__).parents[2]
 # The mesh that the search finds, and the ceiling of temporaries in GiB, a tenth above what was measured with jax 0.10.2.
 PODS = [
-    ("v5p:4x4x4", "16x4", 0.98),
+    ("v5p:4x4x4", "16x4", 0.84),
     ("h100:8", "4x2", 1.46),
     pytest.param("v6e:8x8", "8x8", 0.7, marks=pytest.mark.slow),
-    pytest.param("tpu7x:2x2x4", "8x4", 7.2, marks=pytest.mark.slow),
+    pytest.param("tpu7x:2x2x4", "8x4", 2.05, marks=pytest.mark.slow),
     pytest.param("h200:8", "4x2", 1.46, marks=pytest.mark.slow),
 ]
 
@@ -88,7 +88,7 @@ def test_a_prompt_of_a_million_tokens():
     sizes = ("--context", "1048576", "--yarn", "4", "--prefill_chunk", "65536")
     plan, mesh, steps = compiled("v5p:4x4x4", "--workload", "sample", "--context_parallel", *sizes)
     assert plan["fits"] and mesh == "64x1" and [step["step"] for step in steps] == ["prefill", "decode"]
-    for step, ceiling in zip(steps, (10.1, 1.4), strict=True):  # a tenth above what was measured with jax 0.10.2
+    for step, ceiling in zip(steps, (6.8, 1.36), strict=True):  # a tenth above what was measured with jax 0.10.2
         assert step["memory"]["temporaries"] < ceiling * 2**30
 
 
@@ -97,5 +97,5 @@ def test_a_prompt_with_the_largest_image():
     """16,384 of 20,480 tokens are an image of 4096 x 4096 pixels: the tower's program, and the prefill that reads its rows."""
     plan, mesh, steps = compiled("v5p:4x4x4", "--workload", "prefill", "--context", "20480", "--image_tokens", "16384")
     assert plan["fits"] and mesh == "4x1x16" and [step["step"] for step in steps] == ["vision", "prefill"]
-    for step, ceiling in zip(steps, (0.98, 0.86), strict=True):  # a tenth above what was measured with jax 0.10.2
+    for step, ceiling in zip(steps, (0.98, 0.82), strict=True):  # a tenth above what was measured with jax 0.10.2
         assert step["memory"]["temporaries"] < ceiling * 2**30
