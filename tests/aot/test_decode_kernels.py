@@ -188,11 +188,13 @@ def test_step(target, preset, ceiling):
 
 @pytest.mark.parametrize(("target", "what", "ceiling"), list(_cases(CACHED, CACHED_SLOW)))
 def test_cached_attention(target, what, ceiling):
-    """The caches are updated in place, and nothing of their size is made beside them."""
+    """The caches are updated in place. Beside them are at most queries and outputs in blocks: both, 32 MiB of a prefill, with the
+    newest libtpu for v5p, one or none elsewhere; a copy of a prefill's keys would be 32 MiB more."""
+    rows, time = (1, 2048) if what == "prefill" else (SLOTS, 1)
     result = compile_elsewhere(what, target, "35b-a3b")
     print(target, what, result)
-    caches = 2 * (1 if what == "prefill" else SLOTS) * 2 * CAPACITY * 256 * 2
-    assert result["in_place"] == caches and result["temporary"] < 17 * MIB
+    assert result["in_place"] == 2 * rows * 2 * CAPACITY * 256 * 2
+    assert result["temporary"] < 2 * rows * time * 16 * 256 * 2 + MIB
     assert result["bundles"] <= ceiling
 
 
