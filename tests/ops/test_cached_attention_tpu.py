@@ -62,9 +62,15 @@ def check(inputs, places, count, out, limit):
 
 @pytest.mark.parametrize(
     ("time", "heads", "groups", "dtype"),
-    [(1, 2, 2, "float32"), (1, 6, 1, "bfloat16"), (1, 8, 2, "float32"), (21, 4, 1, "float32"), (21, 6, 1, "float32"),
-     (21, 8, 2, "bfloat16")],
-)  # fmt: skip
+    [
+        (1, 6, 1, "bfloat16"),
+        (1, 8, 2, "float32"),
+        (21, 6, 1, "float32"),
+        (21, 8, 2, "bfloat16"),
+        pytest.param(1, 2, 2, "float32", marks=pytest.mark.slow),
+        pytest.param(21, 4, 1, "float32", marks=pytest.mark.slow),
+    ],
+)
 def test_rows_at_their_own_lengths(time, heads, groups, dtype):
     """From an empty slot on and from others, with fewer real tokens than were passed, and one dead row."""
     inputs, places = make((0, 40, 17, 63), time, heads, groups, dtype=dtype)
@@ -92,7 +98,7 @@ def test_large_scores_do_not_overflow():
     check(inputs, places, count, step(*inputs, **places, count=count)[0], LIMITS["float32"])
 
 
-@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("shards", [4, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_cache_cut_over_devices(shards):
     """Two prefills, the second one with padding and a row that has ended, and a token of each: as with XLA's form."""
     mesh, (one, two) = jax.make_mesh((shards,), ("c",), axis_types=(jax.sharding.AxisType.Auto,)), (jax.P(), jax.P(None, "c"))
