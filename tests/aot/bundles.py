@@ -58,7 +58,7 @@ def estimated_cycles(text: str) -> int:
 
 
 def cycles_where_products_are(text: str) -> int:
-    """Cycles of optimised HLO for TPU as the compiler estimates them, of the one computation whose fusions hold the most products,
+    """Cycles of optimised HLO for TPU as the compiler estimates them, of the computation whose fusions hold the most products:
     the body of an innermost loop, run once."""
     cycles, called, products, name = collections.Counter(), collections.defaultdict(list), collections.Counter(), ""
     for line in text.splitlines():

@@ -63,7 +63,6 @@ def cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout: Sha
 
 
 def _by_kernel(q, cache_k, cache_v, slots, base, count, cut):
-    cut = [jnp.asarray(x, jnp.int32) for x in cut]
     return tpu_cached.attend(q.astype(cache_k.dtype), cache_k, cache_v, slots, base, count, cut, partial=True)
 
 

@@ -47,7 +47,7 @@ def attend(q, cache_k, cache_v, slots, base, count, cut=None, *, partial: bool =
 
     Args:
       q: [B, T, N, H], in the cache's dtype. cache_k, cache_v: [S, K, Tc, H]. slots, base, count: int32 [B].
-      cut: int32 scalars (offset, limit), by default (0, T): token t < count sees the keys of its slot before
+      cut: whole numbers (offset, limit), by default (0, T): token t < count sees the keys of its slot before
         base + clip(t + 1 - offset, 0, limit). With the defaults base is the slot's length before these tokens.
       partial: the result is one part of a softmax over several caches.
 
@@ -60,7 +60,7 @@ def attend(q, cache_k, cache_v, slots, base, count, cut=None, *, partial: bool =
     tile = _tile(heads // groups, time, places)
     blocks = -(-time // tile.tokens)
     slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
-    cut = jnp.array([0, time], jnp.int32) if cut is None else jnp.stack(cut).astype(jnp.int32)
+    cut = jnp.stack([jnp.asarray(x, jnp.int32) for x in ((0, time) if cut is None else cut)])
     queries = _by_block(q, groups, tile, blocks)
     keys = pl.BlockSpec((None, None, tile.keys, width), functools.partial(_key_block, tile))
     rows = pl.BlockSpec((None, None, None, tile.rows, width), lambda b, h, i, j, *_: (b, h, i, 0, 0))
