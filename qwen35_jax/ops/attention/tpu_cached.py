@@ -30,7 +30,7 @@ def supports(width: int) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """rows = ratio x tokens of a block of queries, keys of a block of keys; blocks of each."""
+    """A block of queries has ratio heads x tokens as its rows, a block of keys `keys` of the cache's places."""
 
     ratio: int
     tokens: int
@@ -53,7 +53,7 @@ def attend(q, cache_k, cache_v, slots, base, count, cut=None, *, partial: bool =
 
     Returns:
       [B, T, N, H] in q.dtype, zeros where nothing is seen; with `partial` in float32, and the logarithms of the softmax's sums
-      [B, T, N], -inf where nothing is seen.
+      [B, T, N], -inf where nothing is seen. From `count` on both mean nothing.
     """
     batch, time, heads, width = q.shape
     groups, places = cache_k.shape[1:3]
