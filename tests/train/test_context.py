@@ -15,11 +15,13 @@ from qwen35_jax.train.run import initial_state
 from tests.train.conftest import LENGTH, ROWS, random_batch, small_run
 from tests.train.test_step import TOLERANCE, curve
 
-CASES = [  # cuts, mesh, whether the model is dense
-    (8, "8x1", False),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in ((2, "2x1", False), (4, "4x2", False), (2, "2x2x2", False))),
-    *(pytest.param(*case, True, marks=pytest.mark.slow) for case in ((2, "2x1"), (4, "4x2"), (8, "8x1"))),
+SLOW = [
+    *((cuts, mesh, False, "gather") for cuts, mesh in ((2, "2x1"), (4, "4x2"), (2, "2x2x2"))),
+    *((cuts, mesh, False, "all_to_all") for cuts, mesh in ((8, "8x1"), (4, "4x2"), (2, "2x2x2"))),
+    *((cuts, mesh, True, "auto") for cuts, mesh in ((2, "2x1"), (4, "4x2"), (8, "8x1"))),
 ]
+# Cuts, mesh, whether the model is dense, and the form of its experts.
+CASES = [(8, "8x1", False, "gather"), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 CHANGES = {"num_experts": 0, "num_experts_per_tok": 0, "intermediate_size": 64, "shared_expert_intermediate_size": 0}
 DENSE = {f"model__changes__{name}": value for name, value in CHANGES.items()}
 
@@ -36,8 +38,8 @@ def at_cuts(shards: int) -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def loss_and_gradients(shards: int, mesh: str, context_parallel: bool, dense: bool, fp8: bool = False):
-    run = small_run(mesh=mesh, context_parallel=context_parallel, fp8__enabled=fp8, **(DENSE if dense else {}))
+def loss_and_gradients(shards: int, mesh: str, context_parallel: bool, dense: bool, fp8: bool = False, moe: str = "auto"):
+    run = small_run(mesh=mesh, context_parallel=context_parallel, fp8__enabled=fp8, moe=moe, **(DENSE if dense else {}))
     state = initial_state(run)
     batch = jax.device_put(at_cuts(shards), jax.tree.map(lambda x: x.sharding, run.train_step().arguments[1]))
 
@@ -52,11 +54,11 @@ def loss_and_gradients(shards: int, mesh: str, context_parallel: bool, dense: bo
     return jax.tree.map(np.asarray, both(state["params"], batch))
 
 
-@pytest.mark.parametrize(("shards", "mesh", "dense"), CASES)
-def test_losses_and_gradients(shards, mesh, dense):
+@pytest.mark.parametrize(("shards", "mesh", "dense", "moe"), CASES)
+def test_losses_and_gradients(shards, mesh, dense, moe):
     """The losses of the next token, of the MTP layer and of the experts' balance within 2e-5, gradients within 2e-4."""
     (want, want_sums), want_gradients = loss_and_gradients(shards, "1x1", False, dense)
-    (got, sums), gradients = loss_and_gradients(shards, mesh, True, dense)
+    (got, sums), gradients = loss_and_gradients(shards, mesh, True, dense, moe=moe)
     assert {"nll", "mtp_nll"} <= set(sums) and ("balance" in sums) != dense
     np.testing.assert_allclose(got, want, rtol=2e-5)
     for name, expected in want_sums.items():
@@ -71,19 +73,23 @@ def test_a_length_that_cannot_be_cut():
 
 
 @pytest.mark.slow
-def test_products_in_fp8():
-    """The same losses, since blocks along features are the same ones. Gradients of the weights are summed over the tokens of each
-    part, in other blocks: two operands, each rounded anew by 2.6 %, and 0.042 was seen; elsewhere what a few roundings change."""
-    (want, want_sums), want_gradients = loss_and_gradients(4, "1x1", False, True, True)
-    (got, sums), gradients = loss_and_gradients(4, "4x1", True, True, True)
-    np.testing.assert_allclose(got, want, rtol=2e-5)
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "experts"])
+def test_products_in_fp8(dense):
+    """The same losses, since blocks along features are the same ones, but for activations between two numbers of e4m3 that fall
+    to the other: of the model with experts, parameters that differ by 1e-7 on one device change the losses by 1.7e-5 and the
+    gradient of dt_bias by 0.023, the cuts the losses by 2.7e-5. Gradients of the weights are summed over the tokens of each part,
+    in other blocks: two operands, each rounded anew by 2.6 %, and 0.044 was seen; elsewhere what a few roundings change."""
+    rtol, elsewhere = (2e-5, 0.02) if dense else (1e-4, 0.04)
+    (want, want_sums), want_gradients = loss_and_gradients(4, "1x1", False, dense, True)
+    (got, sums), gradients = loss_and_gradients(4, "4x1", True, dense, True)
+    np.testing.assert_allclose(got, want, rtol=rtol)
     for name, expected in want_sums.items():
-        np.testing.assert_allclose(sums[name], expected, rtol=2e-5, err_msg=name)
-    products = dict(fp8_layers(small_run(**DENSE).model).weights)
+        np.testing.assert_allclose(sums[name], expected, rtol=rtol, err_msg=name)
+    products = dict(fp8_layers(small_run(**(DENSE if dense else {})).model).weights)
     assert products
     found, wanted = flatten(gradients), flatten(want_gradients)
     for path, x in wanted.items():
-        assert np.linalg.norm(found[path] - x) <= (0.055 if path in products else 0.02) * np.linalg.norm(x), path
+        assert np.linalg.norm(found[path] - x) <= (0.055 if path in products else elsewhere) * np.linalg.norm(x), path
 
 
 @pytest.mark.slow
