@@ -1,24 +1,29 @@
-"""The packaged model's third run, in four parts: it learns to see, with a small tower of its own, and gets its text back.
+"""The packaged model's third run, in five parts: it learns to see, with a small tower of its own, and gets its text back.
 
     python -m scripts.tiny_tower --source runs/tiny_more_hf --out runs/tiny_tower_hf
     python -m scripts.tiny_pictures --out runs/tiny_places_data --first --size 30000 --text 0.2
     python -m scripts.tiny_pictures --out runs/tiny_pictures_data --seed 3 --size 80000 --text 0.2
     python -m scripts.tiny_pictures --out runs/tiny_mixture_data --size 80000 --text 0.6
     python -m scripts.tiny_pictures --out runs/tiny_text_data --seed 4 --size 80000 --text 0.75 --mixture fourth
+    python -m scripts.tiny_pictures --out runs/tiny_towns_data --seed 4 --size 80000 --text 0.75 --mixture fifth
     python -m qwen35_jax.train --config configs/tiny_vision.py:places --workdir runs/tiny_places --export_hf runs/tiny_places_hf
     python -m qwen35_jax.train --config configs/tiny_vision.py:pictures --workdir runs/tiny_shown --export_hf runs/tiny_shown_hf
     python -m qwen35_jax.train --config configs/tiny_vision.py:mixture --workdir runs/tiny_mixed --export_hf runs/tiny_mixed_hf
     python -m qwen35_jax.train --config configs/tiny_vision.py:text --workdir runs/tiny_text --export_hf runs/tiny_text_hf
-    python -m benchmarks.tiny_skills --checkpoint runs/tiny_text_hf
+    python -m qwen35_jax.train --config configs/tiny_vision.py:towns --workdir runs/tiny_towns --export_hf runs/tiny_towns_hf
+    python -m scripts.tiny_average runs/tiny_{text,towns,mixed}_hf --shares 0.5 0.2 0.3 --out runs/tiny_average_hf
+    python -m benchmarks.tiny_skills --checkpoint runs/tiny_average_hf
 
 The first command gives the text model where configs/tiny_more.py ended, in runs/tiny_more_hf, a tower that tells answers apart;
 it stays as it is. `places`: what is hard to find in its rows, and next to only that; along with all the rest it was learned in
 one run of two. `pictures`: all kinds, and a little text. `mixture`: three fifths of the lines text, with learning rates that fall
-nearly all along. `text`: three quarters, with towns of two words that no list has. How large pictures are looked at is said
-beside the tokenizer, in qwen35_jax/assets/tiny.
-Hardware: two CPU cores, or a mesh of one or two data shards. On two cores of an Intel Xeon that did other work too the parts took
-8, 36, 73 and 72 minutes; their last evaluation losses are 0.247, 0.180, 0.174 and 0.188, each of its own mixture. With
-`--cases 128` the last command prints the table of docs/vision.md, where is said how the tower was made that they began with.
+nearly all along. From there `text` and `towns`: three quarters text, with towns of two words that no list has, in the second more
+of them; and their average with the weights that both began with. How large pictures are looked at is said beside the tokenizer, in
+qwen35_jax/assets/tiny.
+Hardware: two CPU cores, or a mesh of one or two data shards. On two cores of an Intel Xeon that did other work too the first four
+took 8, 36, 73 and 72 minutes, on two of an AMD EPYC with other work the last 52; their last evaluation losses are 0.247, 0.180,
+0.174, 0.188 and 0.165, each of its own mixture. With `--cases 128` the last command prints the table of docs/vision.md, where is
+said how the tower was made that they began with.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +31,7 @@ from ml_collections import ConfigDict
 from qwen35_jax.train.config import default_config
 
 
-def get_config(part: str = "text") -> ConfigDict:
+def get_config(part: str = "towns") -> ConfigDict:
     """See the top of the file."""
     if part not in PARTS:
         raise ValueError(f"configs/tiny_vision.py:{part}: the parts are {', '.join(PARTS)}")
@@ -76,4 +81,9 @@ def _text(c: ConfigDict) -> None:
     _rates(c, 8e-4, falls=True)
 
 
-PARTS = {"places": _places, "pictures": _pictures, "mixture": _mixture, "text": _text}
+def _towns(c: ConfigDict) -> None:
+    _text(c)
+    _data(c, "runs/tiny_towns_data")
+
+
+PARTS = {"places": _places, "pictures": _pictures, "mixture": _mixture, "text": _text, "towns": _towns}

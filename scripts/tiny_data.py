@@ -5,7 +5,8 @@
 DIR/train.jsonl has the training side of every case, DIR/eval.jsonl 500 lines of the held-out side (`tiny_cases.held_out`)
 in the same mixture. `first` is everything in turn; `second` has more of what is learned last: copying, tools, and thinking
 before arithmetic; `third`, beside pictures, more of what is forgotten first: copying, facts, stories, tools; `fourth`, at the
-end, the same with towns that no list has, for a tool's arguments to be copied and not remembered.
+end, the same with towns that no list has, for a tool's arguments to be copied and not remembered; `fifth` more of these, many
+named after countries.
 A line is {"messages": […], "tools": […] where there are tools} or {"text": …}; an answer with `reasoning_content` is one
 in thinking mode.
 """
@@ -85,17 +86,18 @@ def _chat(rng: random.Random, exchanges: list[Exchange], thinking: float) -> dic
 Maker = Callable[[random.Random, bool], dict]
 # Makers of documents, each with its share of the documents in each mixture.
 KINDS: dict[str, tuple[Maker, dict[str, float]]] = {
-    "arithmetic": (_arithmetic, {"first": 0.4, "second": 0.2, "third": 0.12, "fourth": 0.1}),
-    "thinking": (functools.partial(_arithmetic, thinking=1.0), {"second": 0.15, "third": 0.1, "fourth": 0.1}),
-    "tools": (_tools, {"first": 0.043, "second": 0.09, "third": 0.18, "fourth": 0.16}),
+    "arithmetic": (_arithmetic, {"first": 0.4, "second": 0.2, "third": 0.12, "fourth": 0.1, "fifth": 0.09}),
+    "thinking": (functools.partial(_arithmetic, thinking=1.0), {"second": 0.15, "third": 0.1, "fourth": 0.1, "fifth": 0.09}),
+    "tools": (_tools, {"first": 0.043, "second": 0.09, "third": 0.18, "fourth": 0.16, "fifth": 0.15}),
     "towns": (tiny_tools.anywhere, {"fourth": 0.03}),
-    "strings": (_strings, {"first": 0.19, "second": 0.1, "third": 0.1, "fourth": 0.14}),
-    "copying": (functools.partial(_strings, skill="copy"), {"second": 0.25, "third": 0.18, "fourth": 0.2}),
-    "facts": (_facts, {"first": 0.204, "second": 0.12, "third": 0.19, "fourth": 0.13}),
-    "stories": (_stories, {"first": 0.083, "second": 0.05, "third": 0.1, "fourth": 0.12}),
-    "talk": (_talk, {"first": 0.08, "second": 0.04, "third": 0.03, "fourth": 0.02}),
+    "more towns": (functools.partial(tiny_tools.anywhere, towns=tiny_tools.MORE_TOWNS), {"fifth": 0.1}),
+    "strings": (_strings, {"first": 0.19, "second": 0.1, "third": 0.1, "fourth": 0.14, "fifth": 0.13}),
+    "copying": (functools.partial(_strings, skill="copy"), {"second": 0.25, "third": 0.18, "fourth": 0.2, "fifth": 0.18}),
+    "facts": (_facts, {"first": 0.204, "second": 0.12, "third": 0.19, "fourth": 0.13, "fifth": 0.12}),
+    "stories": (_stories, {"first": 0.083, "second": 0.05, "third": 0.1, "fourth": 0.12, "fifth": 0.12}),
+    "talk": (_talk, {"first": 0.08, "second": 0.04, "third": 0.03, "fourth": 0.02, "fifth": 0.02}),
 }
-MIXTURES = ("first", "second", "third", "fourth")
+MIXTURES = ("first", "second", "third", "fourth", "fifth")
 
 
 def documents(seed: int, held: bool = False, mixture: str = "first") -> Iterator[tuple[str, dict]]:

@@ -37,6 +37,11 @@ IN_WORDS = {
 }
 WEATHER_QUESTIONS = ("What is the weather in {city}?", "How is the weather in {city}?", "Is it sunny in {city}?")
 WEATHER = "sunny cloudy rainy windy snowy".split()
+COUNTRIES = [country.replace("_", " ") for country in CAPITALS]
+TOWN_ENDINGS = "bay bridge castle city falls field hill island lake market park port river springs town village".split()
+# What towns that do not exist are made of: words of which one is drawn for each place.
+TOWNS = ((NAMES,), (NAMES, NOUNS), (ADJECTIVES, NOUNS), (NOUNS, NOUNS))
+MORE_TOWNS = (*TOWNS, *((words, TOWN_ENDINGS) for words in (NAMES, NOUNS, COUNTRIES, COUNTRIES)), (COUNTRIES, NOUNS))
 
 
 def _tool(name: str, description: str, parameter: str) -> dict:
@@ -166,17 +171,17 @@ def document(rng: random.Random, held: bool = False, thinking: bool = False) -> 
     return {"messages": messages, "tools": tools}
 
 
-def anywhere(rng: random.Random, held: bool = False) -> dict:
-    """A chat line about the weather in towns that do not exist: an argument is copied, not remembered."""
+def anywhere(rng: random.Random, held: bool = False, towns: tuple = TOWNS) -> dict:
+    """A chat line about the weather in made-up `towns`, of these words: an argument is copied, not remembered."""
     tools = [_tool(NAME, CALCULATE["function"]["description"], "expression"), WEATHER_TOOL]
     rng.shuffle(tools)
-    towns = [draw(rng, _town, lambda town: f"weather:{town}", held) for _ in range(rng.randint(1, 2))]
-    return {"messages": [message for town in towns for message in weather(rng, held, town)], "tools": tools}
 
+    def town(rng: random.Random) -> str:
+        words = [rng.choice(some) for some in rng.choice(towns)]
+        return " ".join(word[0].upper() + word[1:] for word in words)
 
-def _town(rng: random.Random) -> str:
-    words = rng.choice(((NAMES,), (NAMES, NOUNS), (ADJECTIVES, NOUNS), (NOUNS, NOUNS)))
-    return " ".join(rng.choice(some).capitalize() for some in words)
+    asked = [draw(rng, town, lambda name: f"weather:{name}", held) for _ in range(rng.randint(1, 2))]
+    return {"messages": [message for name in asked for message in weather(rng, held, name)], "tools": tools}
 
 
 def _direct(rng: random.Random, held: bool) -> list[dict]:

@@ -28,5 +28,5 @@ def test_config(path):
 
 def test_a_part_that_there_is_not():
     (path,) = (path for path in CONFIGS if path.stem == "tiny_vision")
-    with pytest.raises(ValueError, match="tiny_vision.py:whole: the parts are places, pictures, mixture, text"):
+    with pytest.raises(ValueError, match="tiny_vision.py:whole: the parts are places, pictures, mixture, text, towns"):
         runpy.run_path(str(path))["get_config"]("whole")
