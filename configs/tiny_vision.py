@@ -18,8 +18,8 @@ The first command gives the text model where configs/tiny_more.py ended, in runs
 it stays as it is. `places`: what is hard to find in its rows, and next to only that; along with all the rest it was learned in
 one run of two. `pictures`: all kinds, and a little text. `mixture`: three fifths of the lines text, with learning rates that fall
 nearly all along. From there `text` and `towns`: three quarters text, with towns of two words that no list has, in the second more
-of them; and their average with the weights that both began with. How large pictures are looked at is said beside the tokenizer, in
-qwen35_jax/assets/tiny.
+of them; and their average with the weights that both began with. How large pictures are looked at is said beside the tokenizer,
+in qwen35_jax/assets/tiny.
 Hardware: two CPU cores, or a mesh of one or two data shards. On two cores of an Intel Xeon that did other work too the first four
 took 8, 36, 73 and 72 minutes, on two of an AMD EPYC with other work the last 52; their last evaluation losses are 0.247, 0.180,
 0.174, 0.188 and 0.165, each of its own mixture. With `--cases 128` the last command prints the table of docs/vision.md, where is
