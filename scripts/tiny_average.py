@@ -23,7 +23,7 @@ WEIGHTS = "model.safetensors"
 
 def average(directories: list[Path], shares: list[float], out: Path) -> None:
     """Writes `out`, in the dtypes of the first. UserError where they do not go together or shares are not one each, 1 in all."""
-    if len(shares) != len(directories) or abs(sum(shares) - 1) > 1e-6:
+    if len(shares) != len(directories) or not abs(sum(shares) - 1) <= 1e-6:
         raise UserError(f"--shares {shares}: give one for each of the {len(directories)} directories, 1 in all")
     for directory in directories:
         if not (directory / WEIGHTS).is_file():
@@ -34,6 +34,10 @@ def average(directories: list[Path], shares: list[float], out: Path) -> None:
     for directory, other in zip(directories, shapes, strict=True):
         if wrong := sorted({name for name, _ in shapes[0].items() ^ other.items()}):
             raise UserError(f"{directory} differs from {directories[0]} in {len(wrong)} tensors, such as {wrong[0]}")
+    if small := [name for name, info in files[0].tensors.items() if info.dtype.itemsize < 2]:
+        raise UserError(
+            f"{directories[0]}: {small[0]} is in FP8, whose numbers mean nothing without their scales; average before quantising"
+        )
     out.mkdir(parents=True, exist_ok=True)
     for path in directories[0].iterdir():
         if path.is_file() and path.name != WEIGHTS:

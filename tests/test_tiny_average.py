@@ -48,9 +48,15 @@ def test_what_does_not_go_together(checkpoints, tmp_path, monkeypatch, capsys):
     (first, second, _), _ = checkpoints
     other = checkpoint(tmp_path / "other", a=np.zeros((3, 5), "f4"))
     (tmp_path / "empty").mkdir()
+    quantised = checkpoint(tmp_path / "fp8", a=np.zeros((3, 5), ml_dtypes.float8_e4m3fn))
     cases = (
         ((first, second, "--shares", 0.5, "--out", tmp_path / "out"), "give one for each of the 2 directories, 1 in all"),
         ((first, second, "--shares", 0.5, 0.6, "--out", tmp_path / "out"), "1 in all"),
+        ((first, second, "--shares", "nan", 0.6, "--out", tmp_path / "out"), "1 in all"),
+        (
+            (quantised, quantised, "--shares", 0.5, 0.5, "--out", tmp_path / "out"),
+            "fp8: a is in FP8, .* average before quantising",
+        ),
         ((first, tmp_path / "empty", "--shares", 0.5, 0.5, "--out", tmp_path / "out"), "empty has no model.safetensors"),
         ((first, other, "--shares", 0.5, 0.5, "--out", tmp_path / "out"), "differs from .*0 in 1 tensors, such as b"),
         ((first, second, "--shares", 0.5, 0.5, "--out", first), "exists already"),
