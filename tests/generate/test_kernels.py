@@ -25,7 +25,7 @@ PROMPTS = [[5, 7, 11, 13, 17], [3, 1, 4]]
 CHATS = {
     "What is 37 + 58?": "37 + 58 = 95",
     "Repeat: k7m2": "k7m2",
-    "Write backwards: rock white mouth fork": "fork mouth white rock",
+    "Write backwards: fork mouth white rock": "rock white mouth fork",
     "Who are you?": None,
 }
 
