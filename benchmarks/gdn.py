@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import aims
+from benchmarks.inputs import rule_inputs
 from benchmarks.timing import medians
 from qwen35_jax.config import PRESETS, ModelConfig
 from qwen35_jax.ops.forms import resolve_forms
@@ -38,14 +39,8 @@ RATES = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.35e12)}
 
 
 def make_inputs(config: ModelConfig) -> tuple[jax.Array, ...]:
-    """Random q, k, v, g, beta."""
-    keys, heads = config.linear_num_key_heads, config.linear_num_value_heads
-    seeds = jax.random.split(jax.random.key(0), 5)
-    shapes = [(keys, config.linear_key_head_dim)] * 2 + [(heads, config.linear_value_head_dim)]
-    rows = BATCH.value, TIME.value
-    q, k, v = (jax.random.normal(s, (*rows, *shape), DTYPE.value) for s, shape in zip(seeds[:3], shapes, strict=True))
-    g = -jnp.exp(jax.random.normal(seeds[3], (*rows, heads)) - 3)
-    return q, k, v, g, jax.random.uniform(seeds[4], (*rows, heads))
+    heads = config.linear_num_key_heads, config.linear_num_value_heads
+    return rule_inputs(BATCH.value, TIME.value, *heads, (config.linear_key_head_dim, config.linear_value_head_dim), DTYPE.value)
 
 
 def forward(form: str, *inputs):

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.attention import gpu_cached, tpu_cached
 from qwen35_jax.ops.attention import tpu as attention_tpu
-from qwen35_jax.ops.attention import tpu_cached
 from qwen35_jax.ops.fp8 import BLOCK
 from qwen35_jax.ops.gated_delta import gpu, gpu_decode, tpu
 from qwen35_jax.ops.hopper import operands
@@ -123,6 +123,8 @@ def _hopper_forms(config: ModelConfig) -> Forms:
         forms["gated_delta_rule"] = "pallas_gpu"
     if gpu_decode.supports(config.linear_key_head_dim, config.linear_value_head_dim):
         forms["gated_delta_step"] = "pallas_gpu"
+    if gpu_cached.supports(config.head_dim, config.num_attention_heads, config.num_key_value_heads, config.dtype):
+        forms["cached_attention"] = "pallas_gpu"
     if operands.supports(config.dtype):
         forms["fp8_training_linear"] = "pallas_gpu"
         if config.num_experts and not config.fp8_weights:

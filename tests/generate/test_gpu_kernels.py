@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU ke
 # The long one makes prefill have more rows than the products of few rows take.
 PROMPTS = [[5, 7, 11, 13, 17], [3, 1, 4], np.random.default_rng(1).integers(0, 96, 300).tolist()]
 KINDS = {"bfloat16": {}, "weights": {"keep_fp8": True}, "both": {"keep_fp8": True, "fp8_activations": True}}
-RULE = {"gated_delta_rule": "pallas_gpu", "gated_delta_step": "pallas_gpu"}
+RULE = dict.fromkeys(("gated_delta_rule", "gated_delta_step", "cached_attention"), "pallas_gpu")
 PLAIN = {"grouped_linear": "xla", "fp8_linear": "xla", "fp8_grouped_linear": "xla"}
 
 

@@ -172,7 +172,9 @@ def test_choice_of_forms():
 
     large, tiny = ModelConfig.preset("0.8b"), ModelConfig.preset("tiny")
     chosen = "pallas_gpu" if HAS_MOSAIC_GPU else "xla"
-    assert resolve_forms(mesh("9.0"), large).gated_delta_rule == chosen
+    found = resolve_forms(mesh("9.0"), large)
+    assert found.gated_delta_rule == found.cached_attention == chosen
     for other in ((mesh("9.0"), tiny), (mesh("9.0"), large.replace(dtype="float32")), (mesh("8.0"), large)):
-        assert resolve_forms(*other).gated_delta_rule == "xla"
+        found = resolve_forms(*other)
+        assert found.gated_delta_rule == found.cached_attention == "xla"
     assert resolve_forms(mesh("9.0"), large, "xla") == Forms()

@@ -16,6 +16,7 @@ from qwen35_jax.ops.segments import check_implementation, check_segment_ids
 __all__ = ["ShardedCache", "attention", "cached_attention"]
 
 FORMS = ("xla", "pallas_tpu")
+CACHED_FORMS = ("xla", *cached.KERNELS)
 
 
 def attention(
@@ -89,7 +90,8 @@ def cached_attention(
       start: int32 [B], tokens the slot already holds. start + T <= Tc wherever count > 0.
       count: int32 [B], how many of the T new tokens are real. 0: a dead row, whose slot is left unchanged and whose
         output means nothing. What is written beyond the real tokens is never seen, and overwritten by the next call.
-      implementation: None (xla), "xla" or "pallas_tpu", which takes H in multiples of 128.
+      implementation: None (xla), "xla", "pallas_tpu", which takes H in multiples of 128, or "pallas_gpu": H of 128 or 256, caches
+        in bfloat16.
       layout: under `shard_map`, how the cache (and, if so, T) is cut over a mesh axis: Tc is then of this shard's part, start and
         count of the whole step.
 
@@ -99,7 +101,7 @@ def cached_attention(
     Raises:
       UserError: shapes that do not fit together, or an implementation that does not exist.
     """
-    check_implementation("cached_attention", implementation, FORMS)
+    check_implementation("cached_attention", implementation, CACHED_FORMS)
     _check_heads("cached_attention", q, k, v)
     batch, time, groups, width = k.shape
     if q.shape[1] != time:

@@ -7,15 +7,17 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from qwen35_jax.ops.attention import tpu_cached, xla
+from qwen35_jax.ops.attention import gpu_cached, tpu_cached, xla
+
+KERNELS = {"pallas_tpu": tpu_cached.attend, "pallas_gpu": gpu_cached.attend}
 
 
 def cached_attention(q, k, v, cache_k, cache_v, slots, start, count, implementation):
     """See `ops.attention.cached_attention`."""
     cache_k = append(cache_k, k, slots, start, count)
     cache_v = append(cache_v, v, slots, start, count)
-    if implementation == "pallas_tpu":
-        out = tpu_cached.attend(q.astype(cache_k.dtype), cache_k, cache_v, slots, start, count)
+    if implementation in KERNELS:
+        out = KERNELS[implementation](q.astype(cache_k.dtype), cache_k, cache_v, slots, start, count)
         return out.astype(q.dtype), cache_k, cache_v
     attend = _attend_token if q.shape[1] == 1 else _attend_tokens
     return attend(q, cache_k, cache_v, slots, start, count), cache_k, cache_v

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.attention import cached, tpu_cached, xla
+from qwen35_jax.ops.attention import cached, xla
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,16 @@ def cached_attention(q, k, v, cache_k, cache_v, slots, start, count, layout: Sha
     place = layout.last_seen(start)
     owned = jnp.where(place > layout.last_seen(start - 1), count, 0)
     cache_k, cache_v = (cached.append(c, x, slots, place, owned) for c, x in ((cache_k, k), (cache_v, v)))
-    if implementation == "pallas_tpu":
-        out, log_sum = _by_kernel(q, cache_k, cache_v, slots, place, count, (0, 1))
+    if implementation in cached.KERNELS:
+        out, log_sum = _by_kernel(implementation, q, cache_k, cache_v, slots, place, count, (0, 1))
     else:
         out, log_sum = _token_by_xla(q, cache_k, cache_v, slots, place)
     return _added(out, log_sum, layout.axis).astype(q.dtype), cache_k, cache_v
 
 
-def _by_kernel(q, cache_k, cache_v, slots, base, count, cut):
-    return tpu_cached.attend(q.astype(cache_k.dtype), cache_k, cache_v, slots, base, count, cut, partial=True)
+def _by_kernel(implementation: str, q, cache_k, cache_v, slots, base, count, cut):
+    attend = cached.KERNELS[implementation]
+    return attend(q.astype(cache_k.dtype), cache_k, cache_v, slots, base, count, cut, partial=True)
 
 
 def _token_by_xla(q, cache_k, cache_v, slots, place):
@@ -79,9 +80,10 @@ def _prefill(q, k, v, cache_k, cache_v, slots, start, count, layout: ShardedCach
     own = jnp.clip(count - jax.lax.axis_index(axis) * time, 0, time)
     cache_k, cache_v = (cached.append(c, x, slots, place, own) for c, x in ((cache_k, k), (cache_v, v)))
     q = jax.lax.all_gather(q, axis, axis=1, tiled=True)
-    if implementation == "pallas_tpu":
+    if implementation in cached.KERNELS:
         # `start` is a multiple of what all shards hold of a step: token t sees, of this one's new keys, those of its own block.
-        out, log_sum = _by_kernel(q, cache_k, cache_v, slots, place, count, (jax.lax.axis_index(axis) * time, time))
+        cut = jax.lax.axis_index(axis) * time, time
+        out, log_sum = _by_kernel(implementation, q, cache_k, cache_v, slots, place, count, cut)
     else:
         out, log_sum = _tokens_by_xla(q, cache_k, cache_v, slots, start, count, layout)
     return _added(out, log_sum, axis, scattered=1).astype(q.dtype), cache_k, cache_v

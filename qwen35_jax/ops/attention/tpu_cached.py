@@ -8,7 +8,6 @@ known before the grid starts; beyond that the index of the block of keys stands 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 
@@ -16,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+
+from qwen35_jax.ops.attention.tiles import Tile, end, seen, tokens_of_block
 
 LANES = 128
 ROWS = 1024  # rows of a block of queries, at most
@@ -26,20 +27,6 @@ SPARE_VMEM = 4 * 2**20
 def supports(width: int) -> bool:
     """Whether heads of this width can be run."""
     return width % LANES == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-    """A block of queries has ratio heads x tokens as its rows, a block of keys `keys` of the cache's places."""
-
-    ratio: int
-    tokens: int
-    keys: int
-    places: int
-
-    @property
-    def rows(self) -> int:
-        return self.ratio * self.tokens
 
 
 def attend(q, cache_k, cache_v, slots, base, count, cut=None, *, partial: bool = False):
@@ -58,10 +45,10 @@ def attend(q, cache_k, cache_v, slots, base, count, cut=None, *, partial: bool =
     batch, time, heads, width = q.shape
     groups, places = cache_k.shape[1:3]
     tile = _tile(heads // groups, time, places)
-    blocks = -(-time // tile.tokens)
     slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
     cut = jnp.stack([jnp.asarray(x, jnp.int32) for x in ((0, time) if cut is None else cut)])
-    queries = _by_block(q, groups, tile, blocks)
+    queries = tile.cut(q, groups)
+    blocks = queries.shape[2]
     keys = pl.BlockSpec((None, None, tile.keys, width), functools.partial(_key_block, tile))
     rows = pl.BlockSpec((None, None, None, tile.rows, width), lambda b, h, i, j, *_: (b, h, i, 0, 0))
     outputs, shapes = [rows], [jax.ShapeDtypeStruct(queries.shape, jnp.float32 if partial else q.dtype)]
@@ -87,49 +74,20 @@ def attend(q, cache_k, cache_v, slots, base, count, cut=None, *, partial: bool =
         ),
         name="cached_attention",
     )(slots, base, count, cut, queries, *caches)
-    out = _by_token(out, time, tile)
-    return (out, _by_token(jnp.swapaxes(log_sum[0], 3, 4), time, tile)[..., 0]) if partial else out
+    out = tile.joined(out, time)
+    return (out, tile.joined(jnp.swapaxes(log_sum[0], 3, 4), time)[..., 0]) if partial else out
 
 
-def _tile(ratio: int, time: int, places: int) -> _Tile:
-    tokens = 1
-    while tokens < time and 2 * tokens * ratio <= ROWS:
-        tokens *= 2
-    return _Tile(ratio, tokens, min(places, KEYS if time > 1 else KEYS_OF_A_TOKEN), places)
+def _tile(ratio: int, time: int, places: int) -> Tile:
+    return Tile(ratio, tokens_of_block(ratio, time, ROWS), min(places, KEYS if time > 1 else KEYS_OF_A_TOKEN), places)
 
 
-def _by_block(q, groups: int, tile: _Tile, blocks: int):
-    """[B, T, N, H] -> [B, K, blocks, R t, H]."""
-    batch, time, _, width = q.shape
-    q = jnp.pad(q, ((0, 0), (0, blocks * tile.tokens - time), (0, 0), (0, 0)))
-    q = q.reshape(batch, blocks, tile.tokens, groups, tile.ratio, width)
-    return jnp.transpose(q, (0, 3, 1, 4, 2, 5)).reshape(batch, groups, blocks, tile.rows, width)
-
-
-def _by_token(x, time: int, tile: _Tile):
-    """The inverse."""
-    batch, groups, blocks, _, width = x.shape
-    x = x.reshape(batch, groups, blocks, tile.ratio, tile.tokens, width)
-    x = jnp.transpose(x, (0, 2, 4, 1, 3, 5)).reshape(batch, blocks * tile.tokens, groups * tile.ratio, width)
-    return x[:, :time]
-
-
-def _end(base, cut, token):
-    """How many keys a token sees."""
-    return base + jnp.clip(token + 1 - cut[0], 0, cut[1])
-
-
-def _seen(tile: _Tile, base, count, cut, b, i):
-    """How many keys the last token of block i of queries sees."""
-    return _end(base[b], cut, jnp.minimum((i + 1) * tile.tokens, count[b]) - 1)
-
-
-def _key_block(tile: _Tile, b, h, i, j, slots, base, count, cut):
-    last = (jnp.maximum(_seen(tile, base, count, cut, b, i), 1) - 1) // tile.keys
+def _key_block(tile: Tile, b, h, i, j, slots, base, count, cut):
+    last = (jnp.maximum(seen(tile, base, count, cut, b, i), 1) - 1) // tile.keys
     return slots[b], h, jnp.minimum(j, last), 0
 
 
-def _kernel(tile: _Tile, scale: float, slots, base, count, cut, q, k, v, out, *refs):
+def _kernel(tile: Tile, scale: float, slots, base, count, cut, q, k, v, out, *refs):
     """Scores are times scale, which turns the softmax's exponentials into powers of two.
 
     Blocks q, out [rows, H]; k, v [keys, H]; log_sum [1, rows], if wanted; of the softmax so far peak and total [rows, LANES],
@@ -144,12 +102,12 @@ def _kernel(tile: _Tile, scale: float, slots, base, count, cut, q, k, v, out, *r
         total[...] = jnp.zeros_like(total)
         summed[...] = jnp.zeros_like(summed)
 
-    @pl.when(live & (j * tile.keys < _seen(tile, base, count, cut, b, i)))
+    @pl.when(live & (j * tile.keys < seen(tile, base, count, cut, b, i)))
     def _():
         scores = _product(q[...], k[...], ((1,), (1,))) * scale
         row = jax.lax.broadcasted_iota(jnp.int32, (tile.rows, 1), 0)
         index = j * tile.keys + jax.lax.broadcasted_iota(jnp.int32, (1, tile.keys), 1)
-        ends = _end(base[b], cut, i * tile.tokens + jax.lax.bitwise_and(row, tile.tokens - 1))
+        ends = end(base[b], cut, i * tile.tokens + jax.lax.bitwise_and(row, tile.tokens - 1))
         scores = jnp.where(index < ends, scores, -jnp.inf)
         highest = jnp.maximum(peak[...], jnp.max(scores, axis=1, keepdims=True))
         level = jnp.where(highest == -jnp.inf, 0, highest)  # of a row that has seen nothing yet
@@ -176,7 +134,7 @@ def _product(x, y, contracted):
     return jax.lax.dot_general(x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _vmem_bytes(tile: _Tile, width: int, itemsize: int) -> int:
+def _vmem_bytes(tile: Tile, width: int, itemsize: int) -> int:
     """Two buffers of each block that moves, what is kept of the softmax, and a few copies of a block of scores."""
     moved = 2 * (2 * tile.keys * itemsize + tile.rows * (itemsize + 4)) * width
     kept = tile.rows * (2 * LANES + width) * 4

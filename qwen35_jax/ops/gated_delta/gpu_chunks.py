@@ -15,6 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qwen35_jax.ops.hopper.matrices import product, turned
+
 CHUNK = 64  # tokens of a chunk: the rows of a warpgroup's matrix instruction
 WIDTH = 128  # of a key and of a value head
 INVERSE, INVERSE_REST, MIXING, SQUARES = range(4)  # those of a chunk and value head, one above the other
@@ -28,31 +30,6 @@ f32, bf16 = jnp.float32, jnp.bfloat16
 def tiled(*shape: int):
     """Shared memory in bfloat16 as the matrix instructions read it: rows of 64 numbers, swizzled."""
     return plgpu.SMEM(shape, bf16, transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)))
-
-
-def products(*sums) -> list[jax.Array]:
-    """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun before one is awaited.
-
-    x lies in registers or shared memory, y in shared memory.
-    """
-
-    def multiply(*accumulators):
-        for acc, pairs in zip(accumulators, sums, strict=True):
-            for x, y in pairs:
-                plgpu.wgmma(acc, x, y)
-        return [acc[...] for acc in accumulators]
-
-    return pl.run_scoped(multiply, *(plgpu.ACC((s[0][0].shape[0], s[0][1].shape[1]), f32) for s in sums))
-
-
-def product(*pairs) -> jax.Array:
-    """The sum of x @ y over pairs."""
-    return products(pairs)[0]
-
-
-def turned(ref):
-    """A matrix in shared memory, transposed."""
-    return ref.transpose((1, 0))
 
 
 def on_rows(ref) -> jax.Array:

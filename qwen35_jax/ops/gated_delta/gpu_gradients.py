@@ -37,10 +37,9 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     on_rows,
     per_column,
     per_row,
-    product,
     strictly_lower,
-    turned,
 )
+from qwen35_jax.ops.hopper.matrices import product, turned
 
 # Rows of the gates' gradients, a pair where queries and keys have parts that are added: spans between tokens, w times 1 / r,
 # the decay from the chunk's start; then u.(k dS) r, and sums over rows of S * dS.

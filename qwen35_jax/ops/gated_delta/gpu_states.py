@@ -31,11 +31,9 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     on_rows,
     per_column,
     per_row,
-    product,
-    products,
-    turned,
     two_parts,
 )
+from qwen35_jax.ops.hopper.matrices import product, products, turned
 
 STAGES = 2  # chunks in shared memory at once
 PARTS = 2  # warpgroups, each for half of a value head's width

@@ -1,0 +1,38 @@
+"""Matrix products of the tensor cores, inside a Mosaic GPU kernel."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def products(*sums) -> list[jax.Array]:
+    """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun before one is awaited.
+
+    x lies in registers or shared memory, y in shared memory.
+    """
+
+    def multiply(*accumulators):
+        for acc, pairs in zip(accumulators, sums, strict=True):
+            for x, y in pairs:
+                plgpu.wgmma(acc, x, y)
+        return [acc[...] for acc in accumulators]
+
+    return pl.run_scoped(multiply, *(plgpu.ACC((s[0][0].shape[0], s[0][1].shape[1]), jnp.float32) for s in sums))
+
+
+def product(*pairs) -> jax.Array:
+    """The sum of x @ y over pairs."""
+    return products(pairs)[0]
+
+
+def add_product(total: jax.Array, x, y) -> jax.Array:
+    """total + x @ y, float32, in the registers of total."""
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, x, y))(plgpu.ACC.init(total))
+
+
+def turned(ref):
+    """A matrix in shared memory, transposed."""
+    return ref.transpose((1, 0))
