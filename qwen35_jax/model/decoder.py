@@ -19,7 +19,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.model import params as P
 from qwen35_jax.model.inputs import Inputs, VisionRows
 from qwen35_jax.model.mtp import MtpLayer
-from qwen35_jax.model.unit import RMSNorm, Unit, apply_units
+from qwen35_jax.model.unit import RMSNorm, Unit, apply_units, unit_state, with_unit_state
 from qwen35_jax.model.vision import VisionModel
 from qwen35_jax.ops.forms import Forms
 from qwen35_jax.ops.linear import linear
@@ -142,7 +142,15 @@ class Model:
             x, state, _, _ = self._merge("units", unit_params)(x, inputs, state, u)
             return x, state
 
-        x, state = apply_units(unit, params["units"], (self.embed(params, tokens, vision), state))
+        def unrolled(unit_params, u, carry):
+            x, state = carry
+            x, part = once(unit_params, x, unit_state(state, u, self.config.num_units))
+            return x, with_unit_state(state, u, part)
+
+        # Traced and lowered once: the compiler finds as many calls of one function as there are units.
+        once = jax.jit(lambda unit_params, x, part: unit(unit_params, 0, (x, part)))
+        step = unrolled if isinstance(params["units"], tuple) else unit
+        x, state = apply_units(step, params["units"], (self.embed(params, tokens, vision), state))
         return self._merge("final_norm", params["final_norm"])(x), state
 
     def trained_hidden(

@@ -96,6 +96,21 @@ def _with_part(state: dict, part: dict | StackedState, index: tuple, layers: int
     return {name: _write(x, part[name], index, layers) for name, x in state.items()}
 
 
+def unit_state(state: dict | None, u: int, units: int) -> dict | None:
+    """Unit u's part of the decoding state of an unrolled model: the arrays of its layers."""
+    if state is None:
+        return None
+    counts = {name: len(state[name]) // units for name in LINEAR_STATE + ATTENTION_STATE}
+    return {name: state[name][u * n : (u + 1) * n] for name, n in counts.items()}
+
+
+def with_unit_state(state: dict | None, u: int, part: dict | None) -> dict | None:
+    """The state with unit u's new part."""
+    if state is None:
+        return None
+    return state | {name: (*state[name][: u * len(x)], *x, *state[name][(u + 1) * len(x) :]) for name, x in part.items()}
+
+
 def _flat(index: tuple[int, ...], layers: int) -> int:
     """Place of (unit, layer of the unit) in a tuple with one array a layer."""
     return index[0] * layers + sum(index[1:])
