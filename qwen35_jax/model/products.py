@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.config import ModelConfig
@@ -33,10 +34,20 @@ class Products:
         if isinstance(w, Fp8Operand) and self.forms.fp8_training_linear != "xla":
             return self._trained(x, w, spec, out_dtype)
         if not isinstance(w, Fp8Weight):
-            return linear(x, w, spec, out_dtype=out_dtype)
+            return self._twice(x, w, spec, out_dtype) if self._one_row(x) else linear(x, w, spec, out_dtype=out_dtype)
         if self.forms.fp8_linear == "xla" and not self.config.fp8_activations:
             return linear(x, w, spec, out_dtype=out_dtype)
         return self._sharded(x, w, spec, out_dtype)
+
+    def _one_row(self, x) -> bool:
+        """Whether a GPU has one token of x [B, T, ...]. XLA makes a product with a vector of that, for which it first turns the
+        weights round: in a step of decode those of all units."""
+        gpu = self.sharding.mesh.devices.flat[0].platform == "gpu"
+        return gpu and not isinstance(x, Fp8Activation) and x.shape[:2] == (self.sharding.batch, 1)
+
+    def _twice(self, x: jax.Array, w: jax.Array, spec: str, out_dtype) -> jax.Array:
+        """The product with each token taken twice, which keeps XLA from that."""
+        return linear(jnp.repeat(x, 2, axis=1), w, spec, out_dtype=out_dtype)[:, :1]
 
     def _sharded(self, x, w: Fp8Weight, spec: str, out_dtype) -> jax.Array:
         """On each device's shard. A weight that is whole on every device, since the mesh would cut its blocks, is multiplied

@@ -1,10 +1,9 @@
-"""`linear` in plain XLA: an einsum, in the forms that XLA multiplies fast on CPUs (bfloat16) and GPUs (one row)."""
+"""`linear` in plain XLA: an einsum, written for the CPU in the forms that XLA:CPU multiplies bfloat16 fast."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from qwen35_jax.ops.linear.fp8 import linear_fp8
 PARTS = 8
 MIN_PART = 128
 # Up to this many rows, a weight stored [out, in] is converted slab by slab, each of at most SLAB elements (of the sizes
-# that were tried, those of 2 to 8 MB in float32 were the fastest); on GPUs, a token is taken twice.
+# that were tried, those of 2 to 8 MB in float32 were the fastest).
 FEW_ROWS = 16
 SLAB = 2**20
 
@@ -86,19 +85,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, out_dtype) -> jax.Array:
     def cpu(x, w):
         return _cpu_einsum(spec, x, w).astype(out_dtype)
 
-    def cuda(x, w):
-        return _cuda_einsum(spec, x, w, default)
-
-    return jax.lax.platform_dependent(x, w, cpu=cpu, cuda=cuda, default=default)
-
-
-def _cuda_einsum(spec: str, x: jax.Array, w: jax.Array, product: Callable) -> jax.Array:
-    """One row a device is taken twice: XLA:GPU makes a product with a vector of it, for which it first turns the weights round,
-    the stacks of all units in each step. How many devices share the rows is not known here, so a few rows are taken twice too."""
-    x_axes, _, out = axes_of(spec)
-    if x.ndim < 3 or x.shape[1] > 1 or x.shape[0] > FEW_ROWS or out[:2] != x_axes[:2]:
-        return product(x, w)
-    return product(jnp.broadcast_to(x, (x.shape[0], 2, *x.shape[2:])), w)[:, :1]
+    return jax.lax.platform_dependent(x, w, cpu=cpu, default=default)
 
 
 def _cpu_einsum(spec: str, x: jax.Array, w: jax.Array) -> jax.Array:
