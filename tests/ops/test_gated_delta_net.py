@@ -10,30 +10,36 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
+from qwen35_jax.ops.gated_delta import gpu_decode
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step, reference
+from tests.ops import mosaic_gpu
 
 H, SLOTS = 128, 5
-FORMS = {"xla": contextlib.nullcontext, "pallas_tpu": pltpu.force_tpu_interpret_mode}
+RUN = {"xla": contextlib.nullcontext, "pallas_tpu": pltpu.force_tpu_interpret_mode, "pallas_gpu": mosaic_gpu.run_or_interpreted}
+on_hopper = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
+FORMS = ["xla", "pallas_tpu", pytest.param("pallas_gpu", marks=on_hopper)]
 # Relative Frobenius errors of out and the recurrent state. In bfloat16 the convolution's results are rounded, 2e-3 each, as q, k
 # and v; all after it is in float32.
 LIMITS = {"float32": 1e-6, "bfloat16": 5e-3}
 
 
-def make(batch=2, time=1, keys=2, heads=4, dtype="float32", width=H, slots=SLOTS):
+def make(batch=2, time=1, keys=2, heads=4, dtype="float32", width=H, slots=SLOTS, value_width=None):
     """x, w and state of gated_delta_net_step; every head another decay, some of them strong."""
     rng = np.random.default_rng(0)
 
     def low(*shape, scale=1.0):
         return (scale * rng.normal(size=shape)).astype(dtype)
 
-    parts = {"q": (keys, width), "k": (keys, width), "v": (heads, width)}
+    value_width = value_width or width
+    parts = {"q": (keys, width), "k": (keys, width), "v": (heads, value_width)}
     x = {name: low(batch, time, *shape) for name, shape in parts.items()}
     x |= {name: low(batch, time, heads, scale=3) for name in "ab"}
     w = {f"conv_{name}": low(*shape, 4) for name, shape in parts.items()}
     w |= {"A_log": np.linspace(-3, 3, heads, dtype=np.float32), "dt_bias": low(heads)}
     state = {f"conv_{name}": low(slots, 3, *shape) for name, shape in parts.items()}
-    state["recurrent"] = rng.normal(size=(slots, heads, width, width)).astype(np.float32)
+    state["recurrent"] = rng.normal(size=(slots, heads, width, value_width)).astype(np.float32)
     return x, w, state
 
 
@@ -51,7 +57,9 @@ def exact(x, w, state, active):
 def check(form, x, w, state, slots=(3, 1), active=None):
     slots, batch, time = np.array(slots, np.int32), *x["q"].shape[:2]
     active = np.ones((batch, time), bool) if active is None else active
-    with FORMS[form]():
+    if mosaic_gpu.has_gpu() and form != "pallas_gpu":
+        pytest.skip("interpreted on the CPU")
+    with RUN[form]():
         step = jax.jit(functools.partial(gated_delta_net_step, return_states=True, implementation=form))
         out, new, states = jax.tree.map(np.asarray, step(x, w, state, slots, active=active))
     assert out.dtype == x["v"].dtype and {n: a.dtype for n, a in new.items()} == {n: a.dtype for n, a in state.items()}
@@ -106,6 +114,23 @@ def test_no_races(time):
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
         jax.block_until_ready(jax.jit(step)(*inputs, slots, active=np.ones((2, time), bool)))
     assert not interpreter.races.races_found
+
+
+@on_hopper
+@pytest.mark.slow
+def test_no_races_on_hopper(monkeypatch):
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call as interpreter
+
+    monkeypatch.setattr(gpu_decode.ring, "SMS", 1)
+    step = functools.partial(gated_delta_net_step, implementation="pallas_gpu")
+    with mosaic_gpu.interpreted(detect_races=True):
+        jax.block_until_ready(jax.jit(step)(*make(time=2), np.array([3, 1]), active=np.ones((2, 2), bool)))
+    assert not interpreter.get_races().races_found
+
+
+@on_hopper
+def test_wide_values_and_three_heads_a_key_head_on_hopper():
+    check("pallas_gpu", *make(keys=1, heads=3, dtype="bfloat16", value_width=2 * H))
 
 
 @pytest.mark.parametrize(

@@ -44,21 +44,32 @@ def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, retur
     """See `ops.gated_delta.gated_delta_step`."""
     if not HAS_MOSAIC_GPU:
         raise UserError(f"gated_delta_step: pallas_gpu needs jax 0.11 or newer, this is {jax.__version__}; use xla")
-    batch, time, keys, key_width = q.shape
     heads, value_width = v.shape[2:]
-    if not supports(key_width, value_width):
+    if not supports(q.shape[3], value_width):
         raise UserError(
-            f"gated_delta_step: pallas_gpu needs Hk = {KEYS} and Hv in multiples of {WIDTH}, not {key_width}, {value_width}"
+            f"gated_delta_step: pallas_gpu needs Hk = {KEYS} and Hv in multiples of {WIDTH}, not {q.shape[3]}, {value_width}"
         )
-    slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
+    slots = jnp.arange(q.shape[0], dtype=jnp.int32) if slots is None else slots
     dtype = v.dtype
     q, k, v, g, beta = step_inputs(q, k, v, g, beta, active, normalize_qk)
-    q, k = (jnp.repeat(x, heads // keys, axis=2) for x in (q, k))
+    q, k = (jnp.repeat(x, heads // q.shape[2], axis=2) for x in (q, k))
     scalars = jnp.stack([jnp.exp(g), beta, jnp.sum(q * k, axis=-1)], axis=-1)
-    # All that a token and head need beside the state, so that one copy brings it: each has 128 arrivals at a barrier.
     vectors = jnp.concatenate([_rows(x) for x in (k, q, scalars, v)], axis=3)
+    out, *new = advance(slots, vectors, state, return_states)
+    return out.astype(dtype), *new
+
+
+def advance(slots, vectors, state, return_states: bool):
+    """The states of the rows' slots, advanced by every token.
+
+    vectors [B, T, N, rows, KEYS] fp32: all that a token and head need beside the state, in the rows named above, padded with
+    zeros, so that one copy brings it: each has 128 arrivals at a barrier. Returns out [B, T, N, Hv] fp32, the new state and,
+    when asked for, those after each token [B, T, N, Hk, Hv].
+    """
+    batch, time, heads = vectors.shape[:3]
+    value_width = state.shape[3]
     blocks, stages = _room(time, vectors.shape[3])
-    outputs = [jax.ShapeDtypeStruct(v.shape, jnp.float32)]
+    outputs = [jax.ShapeDtypeStruct((batch, time, heads, value_width), jnp.float32)]
     if return_states:
         outputs.append(jax.ShapeDtypeStruct((batch, time, *state.shape[1:]), state.dtype))
     items = batch * heads * (value_width // WIDTH)
@@ -77,7 +88,7 @@ def gated_delta_step(q, k, v, g, beta, state, slots, active, normalize_qk, retur
     )
     new = jax.new_ref(state)
     out, *states = kernel(slots, vectors, new)
-    return out.astype(dtype), jax.freeze(new), *states
+    return out, jax.freeze(new), *states
 
 
 def _room(time: int, rows: int) -> tuple[int, int]:

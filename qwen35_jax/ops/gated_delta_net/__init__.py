@@ -4,12 +4,10 @@ convolutions of q, k and v, the gates and the gated delta rule, as one op on one
 
 from __future__ import annotations
 
-import functools
-
 import jax
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.ops.gated_delta_net import tpu, xla
+from qwen35_jax.ops.gated_delta_net import gpu, tpu, xla
 from qwen35_jax.ops.gated_delta_net.xla import convolve, gates
 from qwen35_jax.ops.segments import check_implementation
 
@@ -18,7 +16,7 @@ __all__ = ["convolve", "gated_delta_net_step", "gates"]
 STEPS = {
     "xla": xla.gated_delta_net_step,
     "pallas_tpu": tpu.gated_delta_net_step,
-    "pallas_gpu": functools.partial(xla.gated_delta_net_step, recurrence="pallas_gpu"),
+    "pallas_gpu": gpu.gated_delta_net_step,
 }
 
 
@@ -42,8 +40,8 @@ def gated_delta_net_step(
       slots: int32 [B], distinct, the slot of each row; None means row i is slot i (B == S).
       active: bool [B, T], the row's real tokens, which come first; the others leave its slot as it is.
       return_states: also return the recurrent state after each token, [B, T, N, Hk, Hv].
-      implementation: None (xla), "xla", "pallas_tpu" (one kernel) or "pallas_gpu" (a kernel of the recurrence); the kernels
-        update the rows' slots in place where `state` is donated.
+      implementation: None (xla), "xla", "pallas_tpu" (one kernel) or "pallas_gpu" (two); the kernels update the rows'
+        slots in place where `state` is donated.
 
     Returns:
       (out [B, T, N, Hv] in v's dtype, the new state) and the recurrent states when asked for. As in prefill the convolutions'
