@@ -155,12 +155,9 @@ def _generation_config(directory: epath.PathLike) -> GenerationConfig:
 
 def _parameters(model: Model, source: TensorSource | None, seed: int) -> tuple[Model, dict]:
     """The parameters, and the model without what the checkpoint does not have."""
-    # XLA:CPU copies the slices that a scan takes of stacked weights; elsewhere a scan keeps compile time flat in depth. Weights
-    # that are gathered are copied anyway, and without a scan XLA:CPU gathers those of all units before it begins.
-    stacked = model.sharding.mesh.devices.flat[0].platform != "cpu" or model.fully_sharded
     if source is None:
-        return model, model.init_params(seed, stacked)
+        return model, model.init_params(seed, model.stacked)
     source = CanonicalSource(source, model.config)
     if not source_has_mtp(source):
         model = dataclasses.replace(model, config=model.config.replace(mtp_num_hidden_layers=0))
-    return model, load_params(source, model.config, model.abstract_params(stacked), progress=jax.process_index() == 0)
+    return model, load_params(source, model.config, model.abstract_params(model.stacked), progress=jax.process_index() == 0)

@@ -72,6 +72,17 @@ class Model:
     fully_sharded: bool = False
 
     @functools.cached_property
+    def stacked(self) -> bool:
+        """Whether inference keeps units stacked, for a scan, which keeps compile time flat in depth. On CPUs and GPUs XLA copies
+        the slices that it takes of them, on TPUs not. But weights that are gathered are copied anyway, and those of all units
+        ahead where there is no scan; so does XLA:GPU with what it makes for its own forms of the large ops."""
+        c, forms = self.config, self.forms
+        large = [forms.gated_delta_rule] + [forms.fp8_linear] * c.fp8_weights
+        large += [forms.fp8_grouped_linear if c.fp8_weights else forms.grouped_linear] * bool(c.num_experts)
+        platform = self.sharding.mesh.devices.flat[0].platform
+        return self.fully_sharded or platform == "tpu" or (platform == "gpu" and "xla" in large)
+
+    @functools.cached_property
     def _modules(self) -> dict[str, nnx.Module]:
         c, s, f = self.config, self.sharding, self.forms
         modules = {"embed": Embedding(c, s), "units": Unit(c, s, f), "final_norm": RMSNorm(c)}

@@ -190,7 +190,7 @@ class Placed:
         """What lies on the devices between the steps: of training the float32 masters."""
         if self.job.training:
             return kept_params(self.model)
-        params = self.model.abstract_params(stacked=True)
+        params = self.model.abstract_params(self.model.stacked)
         return params if self.tower is None else params | {"vision": self.tower.abstract_params()}
 
     @functools.cached_property
@@ -198,7 +198,7 @@ class Placed:
         """The decoding state; of training AdamW's two moments of each parameter."""
         if self.job.training:
             return self.weights, self.weights
-        return abstract_session(self.model, self.slots, self.capacity)["state"]
+        return abstract_session(self.model, self.slots, self.capacity, stacked=self.model.stacked)["state"]
 
 
 def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
@@ -212,11 +212,14 @@ def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
     if tower is not None:
         programs["vision"] = make_vision(tower, *placed.images[:2])
     if job.prefills:
-        programs["prefill"] = make_prefill(model, rows, rows, max(chunks), capacity, vision=tower is not None)
+        programs["prefill"] = make_prefill(
+            model, rows, rows, max(chunks), capacity, stacked=model.stacked, vision=tower is not None
+        )
     if job.workload != "prefill":
-        programs["decode"] = make_decode(model, rows, capacity, vocabulary, chunk=chunks[0] if job.context_parallel else 0)
+        chunk = chunks[0] if job.context_parallel else 0
+        programs["decode"] = make_decode(model, rows, capacity, vocabulary, stacked=model.stacked, chunk=chunk)
     idle = () if tower is None else placed.weights["vision"]  # while the text model runs
-    beside = {name: (model.abstract_params(), placed.state) if name == "vision" else idle for name in programs}
+    beside = {name: (model.abstract_params(model.stacked), placed.state) if name == "vision" else idle for name in programs}
     return [Step(name, x, placed.weights, placed.state, beside[name]) for name, x in programs.items()]
 
 

@@ -102,9 +102,9 @@ def _forms(placed: Placed, steps: tuple[str, ...]) -> dict[str, str]:
 
 
 def _temporaries(placed: Placed, step: str) -> int:
-    """The large buffers: one unit's weights, the experts' (rows of a pass, or tokens of their group), the queries of cut
-    sequences and their outputs in float32, twice, and in training the units' inputs that are kept, the gradients, the gathered
-    unit with its own, and the gathered embedding and head. Of the tower a row's features and its block's."""
+    """The large buffers: one unit's weights where a scan takes them, the experts' (rows of a pass, or tokens of their group), the
+    queries of cut sequences and their outputs in float32, twice, and in training the units' inputs that are kept, the gradients,
+    the gathered unit with its own, and the gathered embedding and head. Of the tower a row's features and its block's."""
     if step == "vision":
         v = placed.config.vision
         return placed.images[1] * (2 * v.intermediate_size // vision_ways(placed) + 6 * v.hidden_size)
@@ -118,5 +118,5 @@ def _temporaries(placed: Placed, step: str) -> int:
     if not train:
         queries = one.cuts * tokens * placed.sharding.heads(c.num_attention_heads) // placed.sharding.model * c.head_dim
         gathered = ends if placed.job.fully_sharded else 0
-        return unit + gathered + tokens * width * 40 + experts + (queries * 10 if one.cuts > 1 else 0)
+        return unit * placed.model.stacked + gathered + tokens * width * 40 + experts + (queries * 10 if one.cuts > 1 else 0)
     return shard_bytes(placed.weights) + 2 * unit + 2 * ends + tokens * width * (2 * c.num_units + 60) + experts

@@ -73,22 +73,27 @@ def _config(case: Case) -> ModelConfig:
     return config.replace(num_hidden_layers=case.layers) if case.layers else config
 
 
+def _model(case: Case) -> Model:
+    config, mesh = _config(case), make_mesh(case.mesh, target_devices(case.target))
+    forms = resolve_forms(mesh, config, moe=case.moe, context_parallel=case.context_parallel)
+    return Model(config, Sharding(mesh, case.context_parallel), forms, case.fully_sharded)
+
+
 def make_program(case: Case) -> Program:
     if case.step == "train":
         return _training(case)
     config = _config(case)
-    mesh = make_mesh(case.mesh, target_devices(case.target))
-    forms = resolve_forms(mesh, config, moe=case.moe, context_parallel=case.context_parallel)
-    model = Model(config, Sharding(mesh, case.context_parallel), forms, case.fully_sharded)
+    model = _model(case)
     if case.step == "vision":
-        tower = VisionModel(config, Sharding(mesh), model.forms)
+        tower = VisionModel(config, Sharding(model.sharding.mesh), model.forms)
         return make_vision(tower, model.sharding.size(tower.layout.rows), case.length)
     if case.step == "experts":
         return _experts(case, model)
     if case.step == "decode":
         chunk = case.length if case.context_parallel else 0
-        return make_decode(model, case.rows, case.capacity, config.vocab_size, chunk=chunk)
-    return make_prefill(model, case.rows, case.rows, case.length, case.capacity, vision=case.pictures)
+        return make_decode(model, case.rows, case.capacity, config.vocab_size, stacked=model.stacked, chunk=chunk)
+    options = {"stacked": model.stacked, "vision": case.pictures}
+    return make_prefill(model, case.rows, case.rows, case.length, case.capacity, **options)
 
 
 def _experts(case: Case, model: Model) -> Program:
@@ -125,7 +130,7 @@ def _training(case: Case) -> Program:
 def compile_case(case: Case) -> dict:
     """Seconds, bytes per device and collectives [kind, bytes, bits an element, joined] of the compiled step, the bytes of rows
     that go to their experts and back if routing is even, and the sizes of the model that they follow from."""
-    config, start = _config(case), time.perf_counter()
+    config, scanned, start = _config(case), case.step == "train" or _model(case).stacked, time.perf_counter()
     lowered = make_program(case).lower()
     lowering = time.perf_counter() - start
     compiled = lowered.compile()
@@ -135,7 +140,7 @@ def compile_case(case: Case) -> dict:
         "hidden_size": config.hidden_size,
         "experts": config.num_experts,
         "query_width": config.num_attention_heads * config.head_dim,
-        "unit_layers": config.full_attention_interval,
+        "layers": config.full_attention_interval if scanned else config.num_hidden_layers,
         "lower_seconds": round(lowering, 1),
         "compile_seconds": round(time.perf_counter() - start - lowering, 1),
         "argument_bytes": memory.argument_size_in_bytes,

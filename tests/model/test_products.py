@@ -24,6 +24,7 @@ from qwen35_jax.ops.fp8.training import block_dot
 from qwen35_jax.ops.hopper import operands
 from qwen35_jax.ops.linear import gpu
 from qwen35_jax.planner.hlo import collectives
+from qwen35_jax.planner.topologies import parse_topology, stand_ins
 from qwen35_jax.sharding import Sharding, make_mesh
 
 SIZES = {"B": 8, "T": 48, "D": 256, "N": 8, "K": 8, "H": 128, "F": 1536}
@@ -120,3 +121,27 @@ def test_weights_that_are_not_trained_in_fp8_go_their_own_way(kernels):
     a, b = (jax.jit(functools.partial(p, spec=SPECS[1]))(x, w) for p in products)
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     assert not kernels
+
+
+def on_gpus(mesh: str) -> Sharding:
+    return Sharding(make_mesh(mesh, stand_ins(parse_topology("h100:8"))))
+
+
+def test_which_tokens_are_alone_on_a_gpu():
+    products = Products(ModelConfig.preset("tiny"), on_gpus("4x2"), Forms())
+    for shape, alone in (((4, 1, 8), True), ((8, 1, 8), False), ((4, 2, 8), False)):
+        assert products._one_row(jax.ShapeDtypeStruct(shape, jnp.bfloat16)) == alone
+    here = Products(ModelConfig.preset("tiny"), Sharding(make_mesh("4x2")), Forms())
+    assert not here._one_row(jax.ShapeDtypeStruct((4, 1, 8), jnp.bfloat16))
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_token_taken_twice_is_the_same(monkeypatch, spec):
+    sharding, (x, w, _) = arrays(spec, "8x1")
+    once = Products(ModelConfig.preset("tiny"), sharding, Forms())
+    x, w = x[:, :1].astype(jnp.float32), w.astype(jnp.float32)
+    want = once(x, w, spec)
+    monkeypatch.setattr(Products, "_one_row", lambda self, x: True)
+    twice = once(x, w, spec)
+    assert twice.shape == want.shape
+    np.testing.assert_allclose(twice, want, rtol=0, atol=1e-5 * np.abs(want).max())

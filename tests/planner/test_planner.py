@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import SamplingParams, load
@@ -233,6 +234,30 @@ def test_layouts_that_cannot_be(job, mesh, message):
 def test_yarn_makes_a_model_take_more():
     job = Job("4b", "decode", context=2**20, yarn=4.0, context_parallel=True)
     assert make_plan(job, parse_topology("v5p:2x2x2"), "8x1", count=0).fits
+
+
+def test_which_units_are_stacked():
+    """On GPUs those are not that our kernels run."""
+
+    def stacked(model: str, topology: str, **options) -> bool:
+        return placed(Job(model, "decode", batch=8, **options), "2x4", topology).model.stacked
+
+    assert stacked("9b", "v5e:2x4") and stacked("9b", "h100:8", fully_sharded=True)
+    for model, weights in (("9b", "bf16"), ("9b", "fp8"), ("35b-a3b", "bf16"), ("35b-a3b", "fp8")):
+        assert stacked(model, "h100:8", weights=weights) != HAS_MOSAIC_GPU
+        assert stacked(model, "h100:8", weights=weights, kernels="xla")
+
+
+@pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
+def test_units_that_are_not_stacked():
+    """No unit's weights are among the estimated temporaries, where a scan would copy them."""
+    job = Job("9b", "decode", batch=8)
+    tpu, gpu = (placed(job, "2x4", text) for text in ("v5e:2x4", "h100:8"))
+    for one in (tpu, gpu):
+        assert isinstance(one.weights["units"], tuple) == isinstance(one.state["k"], tuple) == (one is gpu)
+    assert shard_bytes(gpu.weights) == shard_bytes(tpu.weights) and shard_bytes(gpu.state) == shard_bytes(tpu.state)
+    found = [estimate(job, "2x4", parse_topology(text)).temporaries for text in ("v5e:2x4", "h100:8")]
+    assert found[0] - found[1] == shard_bytes(gpu.weights["units"][0])
 
 
 def test_what_a_device_takes_in():
