@@ -39,6 +39,7 @@ RATES = {"H200": (790e12, 4.3e12), "H100": (790e12, 3.35e12)}
 
 
 def make_inputs(config: ModelConfig) -> tuple[jax.Array, ...]:
+    """Of one layer of the model."""
     heads = config.linear_num_key_heads, config.linear_num_value_heads
     return rule_inputs(BATCH.value, TIME.value, *heads, (config.linear_key_head_dim, config.linear_value_head_dim), DTYPE.value)
 

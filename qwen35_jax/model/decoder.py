@@ -73,9 +73,11 @@ class Model:
 
     @functools.cached_property
     def stacked(self) -> bool:
-        """Whether inference keeps units stacked, for a scan, which keeps compile time flat in depth. On CPUs and GPUs XLA copies
-        the slices that it takes of them, on TPUs not. But weights that are gathered are copied anyway, and those of all units
-        ahead where there is no scan; so does XLA:GPU with what it makes for its own forms of the large ops."""
+        """Whether inference keeps units stacked, for a scan, which keeps compile time flat in depth.
+
+        XLA copies the slices that a scan takes of them, on CPUs and GPUs; on TPUs it does not. Without a scan XLA:CPU gathers
+        fully sharded weights, and XLA:GPU makes what its own forms of the large ops need, for many units ahead: those keep it.
+        """
         c, forms = self.config, self.forms
         large = [forms.gated_delta_rule] + [forms.fp8_linear] * c.fp8_weights
         large += [forms.fp8_grouped_linear if c.fp8_weights else forms.grouped_linear] * bool(c.num_experts)

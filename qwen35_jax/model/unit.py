@@ -134,7 +134,7 @@ def _write(x: jax.Array | tuple, part: jax.Array, index: tuple, layers: int) -> 
 def apply_units(unit: Callable[[Any, Any, Any], Any], params: Any, carry: Any) -> Any:
     """carry = unit(params of unit u, u, carry) for each unit in order.
 
-    `params` is a tuple of trees (unrolled: XLA:CPU would copy every slice that a scan takes of stacked weights) or one tree
+    `params` is a tuple of trees (unrolled: see `Model.stacked`) or one tree
     with a leading unit axis (`lax.scan`: trace and compile time do not grow with depth).
     """
     if isinstance(params, tuple):

@@ -15,9 +15,9 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.generate import SamplingParams, load
 from qwen35_jax.generate.generation import Generation, Request
 from qwen35_jax.model import parameter_counts
-from qwen35_jax.ops.forms import KERNEL_CHOICES
+from qwen35_jax.ops.forms import KERNEL_CHOICES, Forms
 from qwen35_jax.ops.moe.choice import all_to_all_bytes
-from qwen35_jax.planner import links, planning
+from qwen35_jax.planner import jobs, links, planning
 from qwen35_jax.planner.compiled import Compiled, Memory
 from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
 from qwen35_jax.planner.planning import make_plan
@@ -248,16 +248,18 @@ def test_which_units_are_stacked():
         assert stacked(model, "h100:8", weights=weights, kernels="xla")
 
 
-@pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
-def test_units_that_are_not_stacked():
+def test_units_that_are_not_stacked(monkeypatch):
     """No unit's weights are among the estimated temporaries, where a scan would copy them."""
-    job = Job("9b", "decode", batch=8)
-    tpu, gpu = (placed(job, "2x4", text) for text in ("v5e:2x4", "h100:8"))
-    for one in (tpu, gpu):
-        assert isinstance(one.weights["units"], tuple) == isinstance(one.state["k"], tuple) == (one is gpu)
-    assert shard_bytes(gpu.weights) == shard_bytes(tpu.weights) and shard_bytes(gpu.state) == shard_bytes(tpu.state)
-    found = [estimate(job, "2x4", parse_topology(text)).temporaries for text in ("v5e:2x4", "h100:8")]
-    assert found[0] - found[1] == shard_bytes(gpu.weights["units"][0])
+    job, found = Job("9b", "decode", batch=8), []
+    for forms in (Forms(), Forms(gated_delta_rule="pallas_gpu")):
+        monkeypatch.setattr(jobs, "resolve_forms", lambda *_, forms=forms, **__: forms)
+        found.append((placed(job, "2x4", "h100:8"), estimate(job, "2x4", parse_topology("h100:8")).temporaries))
+    (stacked, with_unit), (apart, without) = found
+    assert stacked.model.stacked and not apart.model.stacked
+    for one in (stacked, apart):
+        assert isinstance(one.weights["units"], tuple) == isinstance(one.state["k"], tuple) == (one is apart)
+    assert shard_bytes(apart.weights) == shard_bytes(stacked.weights) and shard_bytes(apart.state) == shard_bytes(stacked.state)
+    assert with_unit - without == shard_bytes(apart.weights["units"][0])
 
 
 def test_what_a_device_takes_in():

@@ -16,7 +16,6 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.ops.gated_delta.gpu_decode import ALONG, BETA, DECAY, KEY, KEYS, QUERY, SCALARS, SUMS, VALUES, advance
 from qwen35_jax.ops.gated_delta_net import xla
 
-WINDOWS = ("conv_q", "conv_k", "conv_v")
 ONE_EACH = plgpu.Layout.WG_STRIDED((KEYS,), 1)  # a number of a head a thread
 
 
@@ -33,9 +32,9 @@ def gated_delta_net_step(x, w, state, slots, active, return_states):
     slots = jnp.arange(batch, dtype=jnp.int32) if slots is None else slots
     decay, beta = (jnp.where(active[..., None], g, 0) for g in xla.gates(x, w))
     gates = jnp.stack([jnp.exp(decay), beta], axis=-1)
-    taps = [jnp.moveaxis(w[name], -1, 0) for name in WINDOWS]
+    taps = [jnp.moveaxis(w[name], -1, 0) for name in xla.WINDOWS]
     heads = x["v"].shape[2]
-    windows = [jax.new_ref(state[name]) for name in WINDOWS]
+    windows = [jax.new_ref(state[name]) for name in xla.WINDOWS]
     vectors = plgpu.kernel(
         _vectors_kernel,
         out_type=jax.ShapeDtypeStruct((batch, time, heads, VALUES + value_width // KEYS, KEYS), jnp.float32),
@@ -45,7 +44,7 @@ def gated_delta_net_step(x, w, state, slots, active, return_states):
         kernel_name="gated_delta_vectors",
     )(slots, active.astype(jnp.int32), x["q"], x["k"], x["v"], gates, *taps, *windows)
     out, recurrent, *states = advance(slots, vectors, state["recurrent"], return_states)
-    new = {name: jax.freeze(window) for name, window in zip(WINDOWS, windows, strict=True)}
+    new = {name: jax.freeze(window) for name, window in zip(xla.WINDOWS, windows, strict=True)}
     return out.astype(x["v"].dtype), {**new, "recurrent": recurrent}, *states
 
 
