@@ -134,8 +134,8 @@ def _write(x: jax.Array | tuple, part: jax.Array, index: tuple, layers: int) -> 
 def apply_units(unit: Callable[[Any, Any, Any], Any], params: Any, carry: Any) -> Any:
     """carry = unit(params of unit u, u, carry) for each unit in order.
 
-    `params` is a tuple of trees (unrolled: see `Model.stacked`) or one tree
-    with a leading unit axis (`lax.scan`: trace and compile time do not grow with depth).
+    `params` is a tuple of trees (unrolled, see `Model.stacked`) or one tree with a leading unit axis (`lax.scan`: trace and
+    compile time do not grow with depth).
     """
     if isinstance(params, tuple):
         for u, unit_params in enumerate(params):
