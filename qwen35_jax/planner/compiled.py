@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.planner import hlo, links
@@ -44,12 +45,13 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """`count` collectives of one kind, group and size in one call of the step; in a decode step, of one token. Of ragged ones
-    `filled` is the part of the bytes that is moved if routing is even."""
+    """`count` collectives of one kind and size, over `group` devices (of permutes 0) along the mesh axes `axes`, in one call of
+    the step; in a decode step, of one token. Of ragged ones `filled` is the part of the bytes that even routing moves."""
 
     kind: str
     bytes: int
     group: int
+    axes: tuple[str, ...]
     count: int
     filled: float = 1.0
 
@@ -66,9 +68,13 @@ class Compiled:
     compile_seconds: float
 
 
+class NoRoomError(UserError):
+    """The compiler found no room for a step in a device's memory, as that of TPUs says instead of compiling it."""
+
+
 def compile_job(job: Job, mesh: str, topology: Topology) -> list[Compiled]:
     """Compiles the job's programs for the topology. UserError for a mesh or a batch that cannot be, and for what the compiler
-    refuses."""
+    refuses; of that NoRoomError for what does not fit."""
     devices = topology_devices(topology)
     placed = Placed.on(job, make_mesh(mesh, devices))
     return [_compile(placed, step, mesh, topology) for step in make_steps(job, mesh, devices)]
@@ -82,10 +88,11 @@ def _compile(placed: Placed, step: Step, text: str, topology: Topology) -> Compi
         compiled = lowered.compile(QUICK if step.name == "train" and topology.platform == "tpu" else None)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         what = f"{placed.job.model}, {step.name} on mesh {text} of {topology}"
-        raise UserError(f"{what}: the compiler refuses it: {' '.join(str(error).split())[:300]}") from error
+        kind = NoRoomError if "RESOURCE_EXHAUSTED" in str(error) else UserError
+        raise kind(f"{what}: the compiler refuses it: {' '.join(str(error).split())[:300]}") from error
     compiling = time.perf_counter() - begin - lowering
-    found = count_collectives(compiled.as_text())
-    transfers = [Transfer(c.kind, c.bytes * c.filled, links.axes_of(mesh, topology, c.group), c.count) for c in found]
+    found = count_collectives(compiled.as_text(), mesh)
+    transfers = [Transfer(c.kind, c.bytes * c.filled, c.axes, c.count) for c in found]
     roofline = make_roofline(placed, step.name, topology, transfers)
     return Compiled(step.name, account(step, compiled), found, roofline, lowering, compiling)
 
@@ -113,7 +120,7 @@ def _leaves(step: Step, compiled: Any) -> tuple[list, list]:
     return jax.tree.leaves(step.program.arguments), jax.tree.leaves(places, is_leaf=lambda x: x is None)
 
 
-def count_collectives(text: str) -> list[Collectives]:
+def count_collectives(text: str, mesh: Mesh) -> list[Collectives]:
     """Those of the optimised HLO, with the trips of the loops around them, the largest traffic first; without those of one device
     alone, which the compiler leaves where an axis is 1."""
     runs, totals = hlo.runs(text), {}
@@ -121,7 +128,8 @@ def count_collectives(text: str) -> list[Collectives]:
         if c.group == 1:
             continue
         around = runs[c.computation]
-        key = (c.kind, c.bytes, c.group, around.filled if c.kind == "ragged-all-to-all" else 1.0)
+        filled = around.filled if c.kind == "ragged-all-to-all" else 1.0
+        key = (c.kind, c.bytes, c.group, links.axes_of(mesh, c.pairs), filled)
         totals[key] = totals.get(key, 0) + around.count
     found = [Collectives(*key, count, filled) for (*key, filled), count in totals.items()]
     return sorted(found, key=lambda c: -c.bytes * c.filled * c.count)

@@ -8,6 +8,8 @@ import functools
 import math
 import re
 
+import numpy as np
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -22,8 +24,12 @@ KINDS = (
 _INSTRUCTION = re.compile(rf"^\s*(?:ROOT )?%?[\w.\-]+ = (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\d+m\d+\w*)?)\[([\d,<=]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-# Three spellings of who talks to whom: [groups,size]<=..., {{0,1},{2,3}}, mesh['data'=2,'model'=4] {'data'}
-_GROUPS = re.compile(r"replica_groups=(?:\[\d+,(\d+)\]<=|\{\{([\d,]*)\}|mesh\[(.*?)\] \{(.*?)\})")
+# Spellings of who talks to whom: [groups,size]<=[2,4]T(1,0), {{0,1},{2,3}}, mesh['data'=2,'model'=4] {'data'}; of permutes
+# {{0,1},{1,2}}.
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
+_PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}")
 _AXIS = re.compile(r"'(\w+)'=(\d+)")
 _JOINED = re.compile(r"(?:all-reduce|reduce-scatter)(?:-start)?\(%?[\w.\-]*concatenate[\w.\-]*\)")
 _FUSED = re.compile("fused|fusion")
@@ -46,13 +52,15 @@ _PASSES = re.compile(r'op_name="[^"]*\brows_(\d+)_by_(\d+)/while"')
 class Collective:
     """One instruction. `bytes` is the size per device of the whole array: what an all-gather gives, what a
     reduce-scatter takes; of several arrays in one instruction the largest, an element of which has `bits`. `group` is the
-    number of devices that talk to each other, 0 where HLO does not say (permutes); `computation` the function in which it
+    number of devices that talk to each other, 0 of permutes and where HLO does not say; `pairs` of those devices, by their place
+    in the flat mesh: the first of one group with each other one, of permutes all; `computation` the function in which it
     stands; `joined` whether the compiler made it of several, whose arrays it lays end to end."""
 
     kind: str
     bytes: int
     bits: int
     group: int
+    pairs: tuple[tuple[int, int], ...]
     computation: str
     joined: bool
     line: str
@@ -71,14 +79,31 @@ def _largest_array(shape: str) -> tuple[int, int]:
     return max(((bits * math.prod(int(d.lstrip("<=")) for d in dims if d) // 8, bits) for bits, dims in arrays), default=(0, 0))
 
 
-def _group(line: str) -> int:
-    match = _GROUPS.search(line)
-    if not match:
-        return 0
-    size, members, mesh, axes = match.groups()
-    if mesh is not None:
-        return math.prod(int(n) for axis, n in _AXIS.findall(mesh) if f"'{axis}'" in axes)
-    return int(size) if size else len(members.split(","))
+def _numbers(text: str) -> list[int]:
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def _members(line: str) -> list[int]:
+    """One of the groups of devices; empty where HLO names none."""
+    if match := _IOTA.search(line):
+        groups, size, dims, order = match.groups()
+        devices = np.arange(int(groups) * int(size)).reshape(_numbers(dims))
+        return devices.transpose(_numbers(order) if order else None).reshape(-1)[: int(size)].tolist()
+    if match := _NAMED.search(line):
+        axes = _AXIS.findall(match[1])
+        devices = np.arange(math.prod(int(n) for _, n in axes)).reshape([int(n) for _, n in axes])
+        return devices[tuple(slice(None) if f"'{axis}'" in match[2] else 0 for axis, _ in axes)].ravel().tolist()
+    match = _LISTED.search(line)
+    return _numbers(match[1]) if match else []
+
+
+def _talk(line: str) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """(devices of a group, pairs of them), as in `Collective`."""
+    if match := _PAIRS.search(line):
+        numbers = _numbers(match[1])
+        return 0, tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    members = _members(line)
+    return len(members), tuple((members[0], other) for other in members[1:])
 
 
 def collectives(hlo: str) -> list[Collective]:
@@ -93,7 +118,7 @@ def collectives(hlo: str) -> list[Collective]:
             computation = header.group(1)
         elif match := _INSTRUCTION.match(line):
             shape, kind, start = match.groups()
-            (size, bits), group = _largest_array(shape), _group(line)
+            (size, bits), (group, pairs) = _largest_array(shape), _talk(line)
             if kind == "reduce-scatter" and not start:  # its signature shows the result; the asynchronous form both
                 size *= group
             channel = _CHANNEL.search(line)
@@ -101,7 +126,7 @@ def collectives(hlo: str) -> list[Collective]:
             first = first_seen.setdefault(key, computation)
             if first == computation or not _FUSED.search(computation):
                 joined = bool(_JOINED.search(line))
-                found.append(Collective(kind, size, bits, group, computation, joined, line.strip()))
+                found.append(Collective(kind, size, bits, group, pairs, computation, joined, line.strip()))
     return found
 
 

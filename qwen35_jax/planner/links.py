@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,11 +27,9 @@ def bandwidth(mesh: Mesh, topology: Topology, axes: tuple[str, ...]) -> float:
     TPU: one link in each direction of the torus along which the group extends, two where the direction is a ring. GPU:
     NVLink inside a node; for groups over several nodes the network, which the node's members share evenly.
     """
-    chip = topology.chip
-    index = tuple(slice(None) if a in axes else 0 for a in MESH_AXES)
-    group = list(np.asarray(mesh.devices[index], dtype=object).flat)
+    chip, group = topology.chip, _group(mesh, axes)
     if topology.platform == "cuda":
-        nodes = len({d.id // topology.shape[1] for d in group})
+        nodes = _nodes(mesh, topology, axes)
         if nodes == 1:
             return chip.link
         n = len(group)
@@ -50,6 +45,15 @@ def bandwidth(mesh: Mesh, topology: Topology, axes: tuple[str, ...]) -> float:
     return links * chip.link
 
 
+def step_bandwidth(mesh: Mesh, topology: Topology, axes: tuple[str, ...]) -> float:
+    """Bytes a second that a device can take in from one other of its group, as permutes bring them: over one link, or on GPUs,
+    where the group is of several nodes, over one network card, since all wait for those whose neighbour is elsewhere."""
+    if topology.platform == "cuda":
+        return topology.chip.network if _nodes(mesh, topology, axes) > 1 else topology.chip.link
+    one_chip = len({tuple(d.coords) for d in _group(mesh, axes)}) == 1
+    return bandwidth(mesh, topology, axes) if one_chip else topology.chip.link
+
+
 def taken_in(kind: str, size: float, group: int) -> float:
     """Bytes that a device takes in for a collective of `size` bytes (as `hlo.Collective` counts them) over `group` devices."""
     if kind == "collective-permute" or group == 0:
@@ -57,9 +61,20 @@ def taken_in(kind: str, size: float, group: int) -> float:
     return FACTORS.get(kind, 1.0) * size * (group - 1) / group
 
 
-def axes_of(mesh: Mesh, topology: Topology, group: int) -> tuple[str, ...]:
-    """Mesh axes whose devices may be the `group` that HLO names by its size alone: where several fit, the slowest."""
-    used = [a for a in MESH_AXES if mesh.shape[a] > 1]
-    choices = [c for n in range(1, len(used) + 1) for c in itertools.combinations(used, n)]
-    fitting = [c for c in choices if math.prod(mesh.shape[a] for a in c) == group] or [tuple(used)]
-    return min(fitting, key=lambda c: bandwidth(mesh, topology, c))
+def axes_of(mesh: Mesh, pairs: tuple[tuple[int, int], ...]) -> tuple[str, ...]:
+    """Mesh axes along which these pairs of devices (places in the flat mesh) talk; all where HLO names none."""
+    if not pairs:
+        return tuple(a for a in mesh.axis_names if mesh.shape[a] > 1)
+    one, other = (np.unravel_index(numbers, mesh.devices.shape) for numbers in np.transpose(pairs))
+    return tuple(a for a, i, j in zip(mesh.axis_names, one, other, strict=True) if np.any(i != j))
+
+
+def _group(mesh: Mesh, axes: tuple[str, ...]) -> list:
+    """The devices along `axes` of the first one."""
+    index = tuple(slice(None) if a in axes else 0 for a in MESH_AXES)
+    return list(np.asarray(mesh.devices[index], dtype=object).flat)
+
+
+def _nodes(mesh: Mesh, topology: Topology, axes: tuple[str, ...]) -> int:
+    """Of GPUs: on how many nodes such a group is."""
+    return len({d.id // topology.shape[1] for d in _group(mesh, axes)})

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.planner.compiled import FULL, Compiled, compile_job
+from qwen35_jax.planner.compiled import FULL, Compiled, NoRoomError, compile_job
 from qwen35_jax.planner.jobs import Job
 from qwen35_jax.planner.search import Candidate, candidates, check_size, estimate, rank
 from qwen35_jax.planner.topologies import Topology, larger
@@ -19,18 +19,20 @@ DOUBLINGS = 7  # of chips, that are tried before the planner says that more of t
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """`candidates`, best first; `compiled`: {mesh: its compiled steps} of the first of them; `advice` where nothing fits."""
+    """`candidates`, best first; `compiled`: {mesh: its compiled steps} of the first of them, but for those `refused`: {mesh: what
+    the compiler says} where it found no room; `advice` where nothing fits."""
 
     job: Job
     topology: Topology
     candidates: list[Candidate]
     compiled: dict[str, list[Compiled]]
+    refused: dict[str, str]
     advice: list[str]
 
     @property
     def fits(self) -> bool:
         """Of what was compiled, or else of what was estimated, whether a mesh holds the job."""
-        if self.compiled:
+        if self.compiled or self.refused:
             return any(fits(steps, self.topology) for steps in self.compiled.values())
         return any(c.fits for c in self.candidates)
 
@@ -44,7 +46,7 @@ class Plan:
         compiled = {mesh: [_step(s, self.topology) for s in steps] for mesh, steps in self.compiled.items()}
         head = dataclasses.asdict(self.job) | {"topology": str(self.topology), "devices": self.topology.size}
         head |= {"capacity": self.topology.hbm, "fits": self.fits, "advice": self.advice, "jax": jax.__version__}
-        return head | {"candidates": meshes, "compiled": compiled}
+        return head | {"candidates": meshes, "compiled": compiled, "refused": self.refused}
 
 
 def fits(steps: list[Compiled], topology: Topology) -> bool:
@@ -60,15 +62,20 @@ def make_plan(job: Job, topology: Topology, mesh: str | None = None, count: int 
     else:
         check_size(mesh, topology)
         ranked = [estimate(job, mesh, topology)]
-    compiled = {c.mesh: compile_job(job, c.mesh, topology) for c in ranked[:count]}
-    plan = Plan(job, topology, ranked, compiled, [])
+    compiled, refused = {}, {}
+    for c in ranked[:count]:
+        try:
+            compiled[c.mesh] = compile_job(job, c.mesh, topology)
+        except NoRoomError as error:
+            refused[c.mesh] = str(error)
+    plan = Plan(job, topology, ranked, compiled, refused, [])
     return plan if plan.fits else dataclasses.replace(plan, advice=list(_advice(plan, mesh)))
 
 
 def _advice(plan: Plan, mesh: str | None) -> Iterator[str]:
     """What would fit, by estimate: another mesh than those that do not, then less on `mesh` (None: any), then more chips."""
     job, topology = plan.job, plan.topology
-    tried = set(plan.compiled) | ({mesh} if mesh else set())
+    tried = {*plan.compiled, *plan.refused, *([mesh] if mesh else [])}
     others = [c.mesh for c in rank(job, topology) if c.fits and c.mesh not in tried]
     if others:
         yield f"--mesh {others[0]}" + ("" if mesh else f" (or --compile {len(tried) + 1})")

@@ -35,6 +35,9 @@ def lines(plan: Plan) -> Iterator[str]:
     best = plan.candidates[0]
     forms = ", ".join(f"{op}={form}" for op, form in best.forms.items())
     yield f"Op forms on {best.mesh}, of those ops that a step has, jax {jax.__version__}: {forms}"
+    for reason in plan.refused.values():
+        yield ""
+        yield reason
     for mesh, steps in plan.compiled.items():
         for step in steps:
             yield ""
@@ -55,7 +58,7 @@ def capacity_text(topology: Topology) -> str:
 
 
 def _verdict(plan: Plan) -> str:
-    how = "compiled" if plan.compiled else "estimated"
+    how = "compiled" if plan.compiled or plan.refused else "estimated"
     if plan.fits:
         return f"Fits ({how})."
     advice = ", or ".join(plan.advice) if plan.advice else "nothing near it: fewer tokens, fp8 or more chips of this kind do not"
@@ -84,7 +87,8 @@ def _compiled(step: Compiled, topology: Topology) -> Iterator[str]:
     yield f"  collectives in {which}:"
     for c in step.collectives[:SHOWN_COLLECTIVES]:
         filled = f", {c.filled:.0%} filled" if c.filled < 1 else ""
-        yield f"    {c.count:>5} x {c.kind:<18}{c.bytes / MIB:>12.3f} MiB over {c.group or 'pairs of'} devices{filled}"
+        over = f"{c.group or 'pairs of'} devices ({' and '.join(c.axes)})"
+        yield f"    {c.count:>5} x {c.kind:<18}{c.bytes / MIB:>12.3f} MiB over {over}{filled}"
     if rest := step.collectives[SHOWN_COLLECTIVES:]:
         yield f"    and {sum(c.count for c in rest)} more, {sum(c.count * c.bytes for c in rest) / MIB:.3f} MiB together"
     yield from roofline_lines(step.roofline, topology)

@@ -6,6 +6,7 @@ is in ASSUMPTIONS, which the planner prints.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from typing import Any
@@ -20,6 +21,7 @@ ASSUMPTIONS = (
     "rates are those of the data sheets; compute, memory and interconnect run beside each other, so the slowest is the bound",
     "no latency: a collective costs its bytes alone, a kernel nothing to start",
     "interconnect: a device takes in (n - 1)/n of an array over n devices, of an all-reduce twice, over all its links to them",
+    "a permute brings what one other device sends, over one link; on GPUs of several nodes over one network card",
     "memory: each weight and each part of the state is read once a pass, each product's input and output once",
     "experts: even routing, so tokens of the group reach 1 - (1 - k/E)^tokens of them; weights of the others are not read",
     "experts by all-to-all: as many passes, and of their buffers so much filled, as even routing takes",
@@ -128,45 +130,55 @@ class Pass:
 
 def make_roofline(placed: Placed, step: str, topology: Topology, transfers: list[Transfer] | None = None) -> Roofline:
     """Of one step of a job (decode: one token of each sequence; prefill: the whole prompts; vision: all their images).
-    `transfers`: those of one pass of the compiled program, in place of those that the model's form asks for."""
+    `transfers`: those of one pass of the compiled program, in place of those that the model's form asks for: of a prefill of its
+    longest part, and of a shorter one as much less."""
     if step == "vision":
         return _vision_roofline(placed, topology, transfers)
     job, chip, mesh = placed.job, topology.chip, placed.sharding.mesh
-    one = one_pass(placed, step)
-    operations = _operations(one) * one.count * (4 if step == "train" else 1)
-    memory = {name: size for name, size in _memory(one).items() if size}
+    passes, memory = all_passes(placed, step), collections.Counter()
+    operations = sum(_operations(p) * p.count for p in passes) * (4 if step == "train" else 1)
+    for p in passes:
+        memory.update(_memory(p))
     rate = chip.fp8 if job.training and job.weights == "fp8" else chip.bf16
-    transfers = expected_transfers(one) if transfers is None else transfers
+    if transfers is None:
+        sent = [(t, p.count) for p in passes for t in expected_transfers(p)]
+    else:
+        longest = passes[0].length
+        sent = [(t, sum(p.count * p.length / longest for p in passes)) for t in transfers]
     return Roofline(
         operations,
-        memory,
+        {name: size for name, size in memory.items() if size},
         operations / rate,
-        sum(memory.values()) / chip.hbm_bandwidth,
-        interconnect(transfers, one.count, mesh, topology),
+        memory.total() / chip.hbm_bandwidth,
+        interconnect(sent, mesh, topology),
         job.batch * (1 if step == "decode" else job.context),
-        one.count,
+        sum(p.count for p in passes),
     )
 
 
-def interconnect(transfers: list[Transfer], calls: int, mesh: Any, topology: Topology) -> dict[str, tuple[float, float]]:
-    """What all calls take in, by the mesh axes over which: (bytes, bytes a second)."""
-    sizes: dict[tuple[str, ...], float] = {}
-    for t in transfers:
-        group = math.prod(mesh.shape[a] for a in t.axes)
-        sizes[t.axes] = sizes.get(t.axes, 0.0) + calls * t.count * links.taken_in(t.kind, t.bytes, group)
-    return {" and ".join(axes): (size, links.bandwidth(mesh, topology, axes)) for axes, size in sizes.items()}
+def interconnect(sent: list[tuple[Transfer, float]], mesh: Any, topology: Topology) -> dict[str, tuple[float, float]]:
+    """What a device takes in of transfers, each so many times, by the mesh axes over which: (bytes, bytes a second)."""
+    found: dict[str, tuple[float, float]] = {}
+    for t, times in sent:
+        name, rate = " and ".join(t.axes), links.bandwidth
+        if t.kind == "collective-permute":
+            name, rate = f"{name}, from one", links.step_bandwidth
+        size = times * t.count * links.taken_in(t.kind, t.bytes, math.prod(mesh.shape[a] for a in t.axes))
+        found[name] = (found.get(name, (0.0,))[0] + size, rate(mesh, topology, t.axes))
+    return found
+
+
+def all_passes(placed: Placed, step: str) -> list[Pass]:
+    """What goes through the model together in a step of this name, the longest first: of a prefill the parts of the prompts."""
+    if step == "prefill":
+        parts = collections.Counter(placed.layout[0])
+        return [Pass(placed, step, length, parts[length]) for length in sorted(parts, reverse=True)]
+    return [Pass(placed, step, placed.job.context if step == "train" else 1)]
 
 
 def one_pass(placed: Placed, step: str) -> Pass:
-    """What goes through the model together in a step of this name."""
-    job = placed.job
-    if step == "prefill":
-        chunks = placed.layout[0]
-        if job.context_parallel:
-            return Pass(placed, step, chunks[0], len(chunks))
-        length = min(job.chunk, job.context)
-        return Pass(placed, step, length, -(-job.context // length))
-    return Pass(placed, step, job.context if step == "train" else 1)
+    """The longest of them."""
+    return all_passes(placed, step)[0]
 
 
 def _widths(config: ModelConfig, model: int) -> dict[str, list[tuple[int, int]]]:
@@ -360,7 +372,7 @@ def _vision_roofline(placed: Placed, topology: Topology, transfers: list[Transfe
         memory,
         operations / topology.chip.bf16,
         sum(memory.values()) / topology.chip.hbm_bandwidth,
-        interconnect(transfers, calls, placed.sharding.mesh, topology),
+        interconnect([(t, calls) for t in transfers], placed.sharding.mesh, topology),
         placed.job.batch * placed.job.image_tokens,
         calls,
     )

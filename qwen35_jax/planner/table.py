@@ -56,13 +56,16 @@ def _row(job: Job, text: str, count: int) -> str:
         return f"{head} {reason[0].removeprefix('error: ')} |" + " |" * (len(COLUMNS) - 4)
     plan = json.loads(done.stdout)
     best = plan["candidates"][0]
-    mesh, sizes = best["mesh"], [best[name] for name in ("weights", "state")]
-    total, rooflines = sum(sizes) + best["temporaries"], list(best["rooflines"].values())
-    if plan["compiled"]:
-        mesh, steps = next(iter(plan["compiled"].items()))
+    mesh, sizes, capacity = best["mesh"], [best[name] for name in ("weights", "state")], capacity_text(parse_topology(text))
+    total, rooflines = gib(sum(sizes) + best["temporaries"]), list(best["rooflines"].values())
+    if plan["compiled"]:  # the first that fits, or else the first
+        fitting = (x for x in plan["compiled"].items() if all(s["memory"]["fits"] for s in x[1]))
+        mesh, steps = next(fitting, next(iter(plan["compiled"].items())))
         sizes = [steps[0]["memory"][name] for name in ("weights", "state")]
-        total, rooflines = max(s["memory"]["total"] for s in steps), [s["roofline"] for s in steps]
-    memory = f"{gib(sizes[0])} | {gib(sizes[1])} | {gib(total)} | {capacity_text(parse_topology(text))} | {_yes(plan['fits'])}"
+        total, rooflines = gib(max(s["memory"]["total"] for s in steps)), [s["roofline"] for s in steps]
+    elif plan["refused"]:  # the compiler does not say how much all of it would take
+        total = f"over {capacity}"
+    memory = f"{gib(sizes[0])} | {gib(sizes[1])} | {total} | {capacity} | {_yes(plan['fits'])}"
     time, last = sum(r["seconds"] for r in rooflines), rooflines[-1]
     return f"{head} {mesh} | {memory} | {seconds(time)} | {last['tokens_per_second']:,.0f} | {last['bound']} |"
 

@@ -121,7 +121,21 @@ def parse_topology(text: str) -> Topology:
     topology = Topology(kind, shape)
     if topology.size > MAX_DEVICES:
         raise UserError(f"topology {text!r} has {topology.size} devices; at most {MAX_DEVICES} are planned for")
+    if chip.largest and not _can_be_had(topology):
+        following = next(larger(topology, 1), None)
+        near = f"the next that there is, is {following}" if following else f"the largest have {chip.largest} chips"
+        raise UserError(f"topology {text!r}: there is no such slice of {kind}; {near}")
     return topology
+
+
+def _can_be_had(topology: Topology) -> bool:
+    """Whether it is a slice of `_next_slice`, in whatever order of its sides, or one of whole cubes of 4x4x4 chips."""
+    shape = tuple(sorted(topology.shape))
+    cubes = len(shape) == 3 and not any(n % 4 for n in shape)
+    found = _next_slice((0,) * len(shape))
+    while math.prod(found) < topology.chips:
+        found = _next_slice(found)
+    return topology.chips <= topology.chip.largest and (cubes or tuple(sorted(found)) == shape)
 
 
 def larger(topology: Topology, doublings: int) -> Iterator[Topology]:

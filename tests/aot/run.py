@@ -135,6 +135,7 @@ def compile_case(case: Case) -> dict:
     lowering = time.perf_counter() - start
     compiled = lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    found = count_collectives(text, _model(case).sharding.mesh)
     used = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
         "hidden_size": config.hidden_size,
@@ -146,7 +147,7 @@ def compile_case(case: Case) -> dict:
         "argument_bytes": memory.argument_size_in_bytes,
         "temporary_bytes": memory.temp_size_in_bytes,
         "total_bytes": used + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes,
-        "ragged_bytes": sum(c.bytes * c.filled * c.count for c in count_collectives(text) if c.kind == "ragged-all-to-all"),
+        "ragged_bytes": sum(c.bytes * c.filled * c.count for c in found if c.kind == "ragged-all-to-all"),
         "collectives": [[c.kind, c.bytes, c.bits, c.joined] for c in hlo.collectives(text)],
     }
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qwen35_jax.planner import hlo
 from qwen35_jax.planner.compiled import count_collectives
+from qwen35_jax.planner.topologies import parse_topology, stand_ins
+from qwen35_jax.sharding import make_mesh
 
 
 def _mesh():
@@ -36,6 +39,32 @@ def test_explicit_collectives():
         "all-reduce": (part, 8),
     }
     assert hlo.counts(text, min_bytes=whole) == {"all-gather": 1, "reduce-scatter": 1}
+    axes = {c.kind: c.axes for c in count_collectives(text, _mesh())}
+    permute = {"collective-permute": ("model",), "all-to-all": ("data",), "all-reduce": ("data", "model")}
+    assert axes == {"all-gather": ("model",), "reduce-scatter": ("model",)} | permute
+
+
+@pytest.mark.parametrize(
+    ("groups", "size", "axes"),
+    [
+        ("replica_groups=[4,2]<=[8]", 2, ("model",)),
+        ("replica_groups=[4,2]<=[2,2,2]T(0,2,1), use_global_device_ids=true", 2, ("data",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", 2, ("replica",)),
+        ("replica_groups=[2,4]<=[8]", 4, ("data", "model")),
+        ("replica_groups=[2,4]<=[2,2,2]T(1,0,2)", 4, ("replica", "model")),
+        ("replica_groups={{0,2},{1,3},{4,6},{5,7}}", 2, ("data",)),
+        ("replica_groups=mesh['replica'=2,'data'=2,'model'=2] {'data'}", 2, ("data",)),
+        ("replica_groups=mesh['replica'=2,'data'=2,'model'=2] {'replica','model'}", 4, ("replica", "model")),
+        ("replica_groups={}", 0, ("replica", "data", "model")),
+        ("source_target_pairs={{0,4},{4,0},{1,5}}", 0, ("replica",)),
+        ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", 0, ("data", "model")),
+    ],
+)
+def test_axes_of_groups_of_one_size(groups, size, axes):
+    """On 2x2x2 any axis has two devices: only their places say which it is."""
+    text = f"ENTRY %main (p: f32[8]) -> f32[8] {{\n  %a = f32[8]{{0}} all-reduce(%p), channel_id=1, {groups}, to_apply=%add\n}}"
+    (found,) = count_collectives(text, make_mesh("2x2x2", jax.devices()))
+    assert (found.group, found.axes) == (size, axes)
 
 
 def test_partitioner_collectives_in_a_loop():
@@ -141,7 +170,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {{
   ROOT %v = f32[8]{{0}} while(%p), condition=%cond.1, body=%body.1, backend_config={{"known_trip_count":{{"n":"3"}}}}
 }}
 """
-    found = {c.kind: (c.count, c.bytes, c.filled) for c in count_collectives(text)}
+    mesh = make_mesh("64x1", stand_ins(parse_topology("v5p:4x4x4")))
+    found = {c.kind: (c.count, c.bytes, c.filled) for c in count_collectives(text, mesh)}
     assert found == {
         "ragged-all-to-all": (27, 7488 * 4 * 2, 1024 / (9 * 117)),
         "all-reduce": (27, 32, 1.0),

@@ -17,11 +17,11 @@ from qwen35_jax.generate.generation import Generation, Request
 from qwen35_jax.model import parameter_counts
 from qwen35_jax.ops.forms import KERNEL_CHOICES, Forms
 from qwen35_jax.ops.moe.choice import all_to_all_bytes
-from qwen35_jax.planner import jobs, links, planning
-from qwen35_jax.planner.compiled import Compiled, Memory
+from qwen35_jax.planner import jobs, links, planning, report
+from qwen35_jax.planner.compiled import Compiled, Memory, NoRoomError
 from qwen35_jax.planner.jobs import Job, Placed, shard_bytes
 from qwen35_jax.planner.planning import make_plan
-from qwen35_jax.planner.roofline import expected_transfers, make_roofline, one_pass
+from qwen35_jax.planner.roofline import Transfer, all_passes, expected_transfers, interconnect, make_roofline, one_pass
 from qwen35_jax.planner.search import estimate, meshes, rank
 from qwen35_jax.planner.topologies import CHIPS, GIB, larger, parse_topology, stand_ins
 from qwen35_jax.sharding import make_mesh, parse_mesh
@@ -156,6 +156,37 @@ def test_operations_of_prefill_and_training():
 def test_how_fast_the_devices_of_an_axis_talk(topology, mesh, axes, rate):
     topology = parse_topology(topology)
     assert links.bandwidth(make_mesh(mesh, stand_ins(topology)), topology, axes) == pytest.approx(rate, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("topology", "mesh", "axes", "rate"),
+    [
+        ("v5p:4x4x4", "64x1", ("data",), 100e9),
+        ("tpu7x:2x2x1", "4x2", ("model",), 600e9),
+        ("h100:8", "8x1", ("data",), 450e9),
+        ("h100:2x8", "16x1", ("data",), 50e9),  # the ring goes from node to node, and all wait for those who stand there
+        ("h100:2x8", "2x8", ("model",), 450e9),
+    ],
+)
+def test_a_permute_comes_over_one_link(topology, mesh, axes, rate):
+    topology = parse_topology(topology)
+    mesh, sent = make_mesh(mesh, stand_ins(topology)), [(Transfer("collective-permute", 1e9, axes, 3), 2)]
+    assert list(interconnect(sent, mesh, topology).values()) == [(6e9, pytest.approx(rate))]
+
+
+def test_a_prompt_is_read_in_the_parts_that_sample_reads():
+    """2,048 tokens and then 1,024, not twice 2,048; of a compiled program for 2,048 the other takes half."""
+    job, topology = Job("35b-a3b", "prefill", batch=8, chunk=2048), parse_topology("v5p:2x2x1")
+    ours = {context: placed(job.replace(context=context), "2x2", "v5p:2x2x1") for context in (2048, 3000, 4096)}
+    assert [[p.length for p in all_passes(x, "prefill")] for x in ours.values()] == [[2048], [2048, 1024], [2048]]
+    found = {context: make_roofline(x, "prefill", topology) for context, x in ours.items()}
+    assert [r.calls for r in found.values()] == [1, 2, 2]
+    for part in ("operations", "interconnect_seconds"):
+        one, middle, two = (getattr(r, part) for r in found.values())
+        assert middle == pytest.approx(one + (two - one) / 2, rel=0.06), part  # attention sees more where the prompt is longer
+    sent = [Transfer("all-reduce", 1e6, ("model",), 4)]
+    times = [make_roofline(x, "prefill", topology, sent).interconnect_seconds for x in ours.values()]
+    assert [t / times[0] for t in times] == pytest.approx([1, 1.5, 2])
 
 
 @pytest.mark.parametrize("mesh", ["64x1", "16x4"])
@@ -344,13 +375,46 @@ def test_what_is_compiled_and_does_not_fit_has_the_next_mesh_tried(monkeypatch, 
     assert not named.fits and named.advice[0] == f"--mesh {order[0]}"
 
 
+def test_what_the_compiler_has_no_room_for_is_a_plan_that_does_not_fit(monkeypatch):
+    """The compiler of TPUs ends instead of saying how much it would take: of one mesh, and the next is tried."""
+    job, topology = Job("0.8b", "decode", batch=8), parse_topology("v5p:2x2x1")
+    first, second, *_ = (c.mesh for c in rank(job, topology))
+
+    def compile_job(_, mesh, __):
+        if mesh == first:
+            raise NoRoomError(f"on {mesh}: RESOURCE_EXHAUSTED")
+        return [Compiled("decode", Memory(1, 0, 0, 0, 0, 0, 0), [], None, 0.0, 0.0)]
+
+    monkeypatch.setattr(planning, "compile_job", compile_job)
+    plan = make_plan(job, topology, count=1)
+    assert not plan.fits and plan.refused == {first: f"on {first}: RESOURCE_EXHAUSTED"} and not plan.compiled
+    assert plan.advice[0] == f"--mesh {second} (or --compile 2)"
+    text = "\n".join(report.lines(plan))
+    assert f"\non {first}: RESOURCE_EXHAUSTED\n" in text and "Does not fit (compiled: a device" in text, text
+    assert make_plan(job, topology, count=2).fits
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("v6e:3x3", "the next that there is, is v6e:4x4"),
+        ("v5e:16x32", "the largest have 256 chips"),
+        ("v5p:3x5x7", "is v5p:4x4x8"),
+        ("v5p:1x1x1", "is v5p:2x2x1"),
+        ("v5p:16x16x28", "the largest have 6144 chips"),
+    ],
+)
+def test_slices_that_there_are_not(text, near):
+    with pytest.raises(UserError, match=f"there is no such slice of {text.partition(':')[0]}; .*{near}$"):
+        parse_topology(text)
+
+
 @pytest.mark.parametrize(
     ("text", "following"),
     [
         ("v5e:1x1", ["2x2", "2x4", "4x4"]),
         ("v5e:8x16", ["16x16"]),
         ("v6e:16x16", []),
-        ("v6e:3x3", ["4x4", "4x8", "8x8"]),
         ("v5p:2x2x1", ["2x2x2", "2x2x4", "2x4x4"]),
         ("v5p:8x16x16", ["16x16x16"]),
         ("tpu7x:8x16x16", ["16x16x16", "16x16x32"]),
