@@ -31,14 +31,16 @@ PODS = [
 MINUTES, GIBIBYTES = 3, 8
 
 
-def compiled(text: str, *flags: str) -> tuple[dict, str, list[dict]]:
-    """The plan of 397b-a17b in FP8 for a topology, the mesh that was compiled, and its steps."""
+def plan_of(model: str, text: str, *flags: str) -> dict:
     compiler = COMPILERS[parse_topology(text).platform]
     if importlib.util.find_spec(compiler) is None:
         pytest.skip(f"{compiler} is not installed: pip install -e '.[test,aot]'")
-    flags = ["--model", "397b-a17b", "--topology", text, "--weights", "fp8", "--json", *flags]
-    command = [sys.executable, "-m", "qwen35_jax.plan", *flags]
-    plan = json.loads(measured(command))
+    return json.loads(measured([sys.executable, "-m", "qwen35_jax.plan", "--model", model, "--topology", text, "--json", *flags]))
+
+
+def compiled(text: str, *flags: str) -> tuple[dict, str, list[dict]]:
+    """The plan of 397b-a17b in FP8 for a topology, the mesh that was compiled, and its steps."""
+    plan = plan_of("397b-a17b", text, "--weights", "fp8", *flags)
     ((mesh, steps),) = plan["compiled"].items()
     for step in steps:
         print(text, mesh, step["step"], step["memory"], step["lower_seconds"], step["compile_seconds"])
@@ -99,3 +101,10 @@ def test_a_prompt_with_the_largest_image():
     assert plan["fits"] and mesh == "4x1x16" and [step["step"] for step in steps] == ["vision", "prefill"]
     for step, ceiling in zip(steps, (0.98, 0.82), strict=True):  # a tenth above what was measured with jax 0.10.2
         assert step["memory"]["temporaries"] < ceiling * 2**30
+
+
+def test_what_a_tpu_has_no_room_for_is_a_plan():
+    """A device would have 29 of 16 GiB of weights; the compiler ends, and the plan says what would hold it."""
+    plan = plan_of("122b-a10b", "v5e:2x4")
+    assert not plan["fits"] and not plan["compiled"] and "RESOURCE_EXHAUSTED" in plan["refused"]["1x8"]
+    assert plan["advice"][-1] == "--topology v5e:4x8"
