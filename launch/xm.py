@@ -68,19 +68,18 @@ class VertexClient(vertex.Client):
         """Sends the job of one work unit, and returns its resource name."""
         (job,) = jobs
         words = xm.merge_args(job.executable.args, job.args).to_list(xm_utils.ARGV_ESCAPER)
-        custom = aiplatform.CustomJob(
-            display_name=name,
-            worker_pool_specs=worker_pools(words, None if job.name == "convert" else _where()),
-            project=self.project,
-            location=self.location,
-            staging_bucket=f"gs://{BUCKET.value}",
-        )
-        custom.submit(
-            service_account=SERVICE_ACCOUNT.value,
-            restart_job_on_worker_restart=RESTART.value,
-            scheduling_strategy=custom_job.Scheduling.Strategy.SPOT if SPOT.value else None,
-        )
+        made, submitted = request(words, None if job.name == "convert" else _where())
+        custom = aiplatform.CustomJob(display_name=name, **made)
+        custom.submit(**submitted)
         return custom.resource_name
+
+
+def request(words: list[str], where: Slice | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a job on Vertex AI is made and submitted with; where: as of `worker_pools`."""
+    made = {"project": PROJECT.value, "location": LOCATION.value, "staging_bucket": f"gs://{BUCKET.value}"}
+    submitted = {"service_account": SERVICE_ACCOUNT.value, "restart_job_on_worker_restart": RESTART.value}
+    strategy = {"scheduling_strategy": custom_job.Scheduling.Strategy.SPOT} if SPOT.value else {}
+    return made | {"worker_pool_specs": worker_pools(words, where)}, submitted | strategy
 
 
 def worker_pools(words: list[str], where: Slice | None) -> list[dict[str, Any]]:
@@ -112,7 +111,7 @@ def main(arguments: list[str]) -> None:
             job.need_bucket("a machine of Vertex AI")
     if DRY_RUN.value:
         for job in jobs:
-            print(json.dumps(worker_pools(job.command(), job.slice), indent=1) if remote else shlex.join(_local(job)))
+            print(_asked(job) if remote else shlex.join(_local(job)))
         return
     try:
         asyncio.run(_start(jobs, remote))
@@ -137,6 +136,12 @@ async def _start(jobs: list[Job], remote: bool) -> None:
             unit = await experiment.add(xm.Job(executable, executor, name=job.name))
             if not remote:
                 await unit.wait_until_complete()
+
+
+def _asked(job: Job) -> str:
+    """The request as JSON, but for the name that XManager gives it."""
+    made, submitted = request(job.command(), job.slice)
+    return json.dumps(made | {name: getattr(value, "name", value) for name, value in submitted.items()}, indent=1)
 
 
 def _local(job: Job) -> list[str]:

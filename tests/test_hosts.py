@@ -167,6 +167,12 @@ def wait_for(path, text: str, processes: list[subprocess.Popen]) -> None:
         time.sleep(0.02)
 
 
+def metrics(workdir) -> list[dict]:
+    """All but those of the clock."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in found]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(config, killed, tmp_path):
@@ -192,6 +198,9 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(config, ki
         assert ("resumed from the checkpoint of step" in done[0][2]) == (directory is work)
     weights = [(export / "model.safetensors").read_bytes() for export in exports]
     assert weights[0] == weights[1]
+    # The losses of all steps too: the export is in bfloat16, and they follow from float32 weights and moments.
+    curves = [metrics(directory) for directory in (work, tmp_path / "other")]
+    assert [line["step"] for line in curves[0]] == list(range(1, 17)) and curves[0] == curves[1]
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_the_request_to_vertex(requests, capsys):
             xm.main(TRAIN)
     printed = capsys.readouterr().out
     assert [parent for parent, _ in requests] == ["projects/my-project/locations/us-central1"] * 2
-    pools = []
+    asked = []
     for seed, (_, job) in enumerate(requests):
         (pool,) = job.job_spec.worker_pool_specs
         assert pool.machine_spec.machine_type == "a3-highgpu-8g" and pool.replica_count == 1
@@ -127,8 +127,11 @@ def test_the_request_to_vertex(requests, capsys):
         given = [{"name": name, "value": value} for name, value in variables.items()]
         assert [(variable.name, variable.value) for variable in pool.container_spec.env] == list(variables.items())
         container = {"image_uri": "registry/image:1", "command": words, "env": given}
-        pools.append([{"machine_spec": machine, "replica_count": 1, "container_spec": container}])
-    assert printed == "".join(json.dumps(pool, indent=1) + "\n" for pool in pools)
+        pool = {"machine_spec": machine, "replica_count": 1, "container_spec": container}
+        where = {"project": "my-project", "location": "us-central1", "staging_bucket": "gs://my-bucket"}
+        how = {"service_account": "me@my-project", "restart_job_on_worker_restart": True, "scheduling_strategy": "SPOT"}
+        asked.append(where | {"worker_pool_specs": [pool]} | how)
+    assert printed == "".join(json.dumps(one, indent=1) + "\n" for one in asked)
 
 
 def test_a_conversion_on_vertex_takes_no_gpu(requests):
