@@ -27,7 +27,7 @@ from qwen35_jax.ops.attention import attention, cached_attention
 from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
 from tests.aot.bundles import DUMP, bundles_of, cycles_where_products_are
 from tests.aot.devices import TARGETS, target_devices
-from tests.aot.run import SETTINGS
+from tests.aot.run import SETTINGS, of_this_jax
 from tests.aot.test_compile import NEEDS
 
 SLOTS, TIME, CAPACITY, MIB = 64, 8192, 32768, 2**20
@@ -64,8 +64,9 @@ HOPPER = [
     for target in ("h100", "h200")
     for preset in ("0.8b", "35b-a3b", "397b-a17b")
 ]
-# MiB of temporaries of attention's forward and backward pass over 8,192 tokens, a tenth above what was measured.
-ATTENTION_SLOW = {("v5e", "35b-a3b"): 153, ("tpu7x", "0.8b"): 182}
+# MiB of temporaries of attention's forward and backward pass over 8,192 tokens, a tenth above what was measured: with jax 0.10.2,
+# and with 0.12.0.1, whose compiler lays out the gradient that comes in before the forward pass begins.
+ATTENTION_SLOW = {("v5e", "35b-a3b"): (153, 312), ("tpu7x", "0.8b"): (182,)}
 
 
 def _arrays(mesh):
@@ -235,7 +236,7 @@ def test_cached_attention_for_hopper(target, preset, what):
 def test_attention(target, preset, ceiling):
     result = compile_elsewhere("attention", target, preset)
     print(target, preset, result)
-    assert result["temporary"] <= ceiling * MIB
+    assert result["temporary"] <= of_this_jax(ceiling) * MIB
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from qwen35_jax.planner.topologies import COMPILERS, parse_topology
+from tests.aot.run import of_this_jax
 
 ROOT = Path(__file__).parents[2]
 # The mesh that the search finds, and the ceiling of temporaries in GiB, a tenth above what was measured with jax 0.10.2.
@@ -99,8 +100,8 @@ def test_a_prompt_with_the_largest_image():
     """16,384 of 20,480 tokens are an image of 4096 x 4096 pixels: the tower's program, and the prefill that reads its rows."""
     plan, mesh, steps = compiled("v5p:4x4x4", "--workload", "prefill", "--context", "20480", "--image_tokens", "16384")
     assert plan["fits"] and mesh == "4x1x16" and [step["step"] for step in steps] == ["vision", "prefill"]
-    for step, ceiling in zip(steps, (0.98, 0.82), strict=True):  # a tenth above what was measured with jax 0.10.2
-        assert step["memory"]["temporaries"] < ceiling * 2**30
+    for step, ceiling in zip(steps, ((0.98, 1.2), (0.82,)), strict=True):  # a tenth above what was measured
+        assert step["memory"]["temporaries"] < of_this_jax(ceiling) * 2**30
 
 
 def test_what_a_tpu_has_no_room_for_is_a_plan():

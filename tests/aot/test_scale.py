@@ -10,7 +10,7 @@ import pytest
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model import parameter_counts
 from tests.aot.devices import TARGETS
-from tests.aot.run import Case, compile_elsewhere
+from tests.aot.run import Case, compile_elsewhere, of_this_jax
 from tests.aot.test_compile import NEEDS
 
 MIB = 2**20
@@ -28,11 +28,14 @@ def compiled(case: Case) -> tuple[dict, collections.Counter]:
 
 
 EXPERTS = [
-    # With the MiB of temporaries, about a tenth above what was measured: BUFFER_BYTES and its gradients, the float32 sums of
-    # the tokens' and of the experts' gradients.
-    (Case("v5p-64", "64x1", "35b-a3b", "experts", length=8192, moe="all_to_all"), 630),
-    pytest.param(Case("v5p-64", "16x4", "35b-a3b", "experts", length=32768, moe="all_to_all"), 800, marks=pytest.mark.slow),
-    (Case("h100", "8x1", "35b-a3b", "experts", length=8192, moe="all_to_all"), 830),
+    # With the MiB of temporaries, about a tenth above what was measured (the second with jax 0.12.0.1, whose compiler gives
+    # gathers to the sparse cores, in buffers of their own): BUFFER_BYTES and its gradients, the float32 sums of the gradients of
+    # tokens and of experts.
+    (Case("v5p-64", "64x1", "35b-a3b", "experts", length=8192, moe="all_to_all"), (630,)),
+    pytest.param(
+        Case("v5p-64", "16x4", "35b-a3b", "experts", length=32768, moe="all_to_all"), (800, 1225), marks=pytest.mark.slow
+    ),
+    (Case("h100", "8x1", "35b-a3b", "experts", length=8192, moe="all_to_all"), (830,)),
 ]
 
 
@@ -40,7 +43,7 @@ EXPERTS = [
 def test_experts_by_all_to_all_with_8192_tokens_a_chip(case, ceiling):
     """Rows there and back, the same for the gradients, for which they are sent again; no array is gathered."""
     result, found = compiled(case)
-    assert result["temporary_bytes"] < ceiling * MIB, result
+    assert result["temporary_bytes"] < of_this_jax(ceiling) * MIB, result
     model = int(case.mesh.split("x")[1])
     assert found.pop("ragged-all-to-all") == 6
     assert set(found) <= ({"all-reduce"} if model > 1 else set()), found
