@@ -73,6 +73,8 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
         raise UserError(f"video {name}: {error}") from error
     except OSError as error:
         raise UserError(f"video {name}: it cannot be read: {_reason(error)}") from error
+    except Exception as error:  # decoders of whatever somebody made raise anything
+        raise UserError(f"video {name} cannot be decoded: {one_line(error)}") from error
     return frames, patch_seconds(indices, clip.fps, settings.temporal_patch_size)
 
 
@@ -137,7 +139,7 @@ def _in_order(folder: epath.Path) -> list[epath.Path]:
     """The pictures of a folder; numbers in their names count as numbers."""
 
     def key(path: epath.Path) -> list:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", path.name)]
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", path.name)]
 
     return sorted((p for p in folder.iterdir() if p.suffix.lower() in PICTURES), key=key)
 

@@ -258,6 +258,26 @@ def test_bad_files(tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("error", [ValueError("no such\nformat"), MemoryError(), AssertionError("planes")])
+def test_whatever_decoding_raises(tmp_path, monkeypatch, error):
+    """It is wrong input like any other, which training may skip."""
+
+    def fail(*_):
+        raise error
+
+    write_video(tmp_path / "a.mp4", 3)
+    monkeypatch.setattr(video_module, "_decoded", fail)
+    with pytest.raises(UserError, match=r"video .*a\.mp4 cannot be decoded: ") as found:
+        read_video(tmp_path / "a.mp4", SETTINGS)
+    assert "\n" not in str(found.value)
+
+
+def test_digits_that_are_no_numbers(tmp_path):
+    for name in ("²1.png", "1²0.png", "٣.png"):
+        Image.fromarray(np.ascontiguousarray(grey(1)[0])).save(tmp_path / name)
+    assert len(read_video(tmp_path, SETTINGS)[0]) == 3
+
+
 def test_fps_beside_a_file(tmp_path):
     """A file knows its own: it is how many frames a second are looked at."""
     write_video(tmp_path / "a.mp4", 20)
