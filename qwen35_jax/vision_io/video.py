@@ -16,7 +16,7 @@ from etils import epath
 
 from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
-from qwen35_jax.vision_io.images import check_pixels, data_url_bytes, describe, local_path, read_image, readable
+from qwen35_jax.vision_io.images import MAX_PIXELS, check_pixels, data_url_bytes, describe, local_path, read_image, readable
 from qwen35_jax.vision_io.remote import is_remote
 from qwen35_jax.vision_io.resize import resize, video_size
 from qwen35_jax.vision_io.settings import VisionSettings
@@ -188,6 +188,8 @@ def _file_clip(path: epath.Path) -> Clip:
         with _opened(av, path) as container:
             stream = container.streams.video[0]
             fps, size = stream.average_rate or stream.guessed_rate, (stream.height, stream.width)
+            if not all(size):
+                raise UserError(f"its frames have no size, or more than {MAX_PIXELS:,} pixels, the most that are decoded")
             check_pixels(*size)
             count = _count(container, stream)
     except (av.FFmpegError, UnicodeError) as error:
@@ -203,10 +205,15 @@ def _pyav():
 
 
 def _opened(av, path: epath.Path):
-    """The container, which has a video stream. Only local files: FFmpeg would follow what a playlist names."""
-    container = av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"})
+    """The container, which has a video stream. Only local files: FFmpeg would follow what a playlist names.
+
+    No frame may be larger than MAX_PIXELS, neither of those that FFmpeg decodes to find out what is in the file.
+    """
+    limit = {"max_pixels": str(MAX_PIXELS)}
+    container = av.open(f"file:{os.fspath(path)}", options={"protocol_whitelist": "file"} | limit)
     streams = container.streams.video
     if streams and streams[0].codec_context is not None:
+        streams[0].codec_context.options = limit
         return container
     container.close()
     raise UserError("its video is of a kind that this FFmpeg has no decoder for" if streams else "it has no video in it")
@@ -233,9 +240,9 @@ def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]
         with _opened(av, path) as container:
             container.streams.video[0].thread_type = "AUTO"
             for i, frame in enumerate(container.decode(video=0)):
+                if (frame.height, frame.width) != size:
+                    raise UserError(f"frame {i} is {frame.width} x {frame.height} pixels, the first {size[1]} x {size[0]}")
                 while i == target:
-                    if (frame.height, frame.width) != size:
-                        raise UserError(f"frame {i} is {frame.width} x {frame.height} pixels, the first {size[1]} x {size[0]}")
                     yield frame.to_ndarray(format="rgb24")
                     target = next(wanted, -1)
                 if target < 0:

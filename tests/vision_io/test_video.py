@@ -26,6 +26,7 @@ from qwen35_jax.vision_io import (
     video_size,
     video_visual,
 )
+from qwen35_jax.vision_io import images as images_module
 from qwen35_jax.vision_io import video as video_module
 from tests.vision_checkpoint import write_video
 
@@ -276,6 +277,23 @@ def test_digits_that_are_no_numbers(tmp_path):
     for name in ("²1.png", "1²0.png", "٣.png"):
         Image.fromarray(np.ascontiguousarray(grey(1)[0])).save(tmp_path / name)
     assert len(read_video(tmp_path, SETTINGS)[0]) == 3
+
+
+def test_sizes_that_change(tmp_path, monkeypatch):
+    """Of frames between those that are looked at, too: they are decoded. A size beyond the limit is not."""
+    sizes, path = ((64, 96), (320, 480), (64, 96)), tmp_path / "a.ts"
+    for i, size in enumerate(sizes):
+        write_video(tmp_path / f"{i}.ts", 7, size)
+    path.write_bytes(b"".join((tmp_path / f"{i}.ts").read_bytes() for i in range(3)))
+    first = SETTINGS.changed(max_frames=2)
+    with pytest.raises(UserError, match="frame 7 is 480 x 320 pixels, the first 96 x 64"):
+        read_video(path, first)
+    for module in (images_module, video_module):
+        monkeypatch.setattr(module, "MAX_PIXELS", 20_000)
+    with pytest.raises(UserError, match="it cannot be decoded: "):
+        read_video(path, first)
+    with pytest.raises(UserError, match=r"1\.ts: its frames have no size, or more than 20,000 pixels"):
+        read_video(tmp_path / "1.ts", first)
 
 
 def test_fps_beside_a_file(tmp_path):
