@@ -100,7 +100,7 @@ def _opened(source: Any, name: str) -> Image.Image:
         raise UserError("give a path, a data: URL, bytes, a PIL image or a uint8 array [H, W, 3]")
     if not data:
         raise UserError("it is empty")
-    _check_bytes(len(data))
+    _check_bytes(len(data), MAX_BYTES)
     with warnings.catch_warnings():  # Pillow's limits are wider: of what it warns of, `check_pixels` says what is wrong
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -111,13 +111,23 @@ def check_image_file(path: epath.Path) -> None:
     with readable(path):
         if path.is_dir():
             raise UserError("that is a directory; give a file (frames of a video go behind --video)")
-        _check_bytes(path.stat().length)
+    check_file(path, MAX_BYTES)
+
+
+def check_file(path: epath.Path, most: int) -> None:
+    """UserError where there is no such file, or one of more than `most` bytes, or what may have no end: a pipe, a device."""
+    with readable(path):
+        length = path.stat().length
+        if "://" not in os.fspath(path) and not os.path.isfile(path):
+            raise UserError("it is no regular file: write what it gives to one first")
+    _check_bytes(length, most)
 
 
 def _file(path: epath.Path) -> bytes:
+    """The content, of which no more is read than may be there, whatever the file's length is said to be."""
     check_image_file(path)
-    with readable(path):
-        return path.read_bytes()
+    with readable(path), path.open("rb") as file:
+        return file.read(MAX_BYTES + 1)
 
 
 @contextlib.contextmanager
@@ -137,16 +147,16 @@ def data_url_bytes(url: str) -> bytes:
     head = DATA_URL.match(url)
     if head is None:
         raise UserError("the data: URL is not base64 (such as data:image/png;base64,…)")
-    _check_bytes((len(url) - head.end()) // 4 * 3)
+    _check_bytes((len(url) - head.end()) // 4 * 3, MAX_BYTES)
     try:
         return base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"its base64 is damaged: {one_line(error)}") from error
 
 
-def _check_bytes(count: int) -> None:
-    if count > MAX_BYTES:
-        raise UserError(f"it has {count:,} bytes; at most {MAX_BYTES:,} are read")
+def _check_bytes(count: int, most: int) -> None:
+    if count > most:
+        raise UserError(f"it has {count:,} bytes; at most {most:,} are read")
 
 
 def check_pixels(height: int, width: int) -> None:

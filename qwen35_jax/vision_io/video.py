@@ -16,7 +16,7 @@ from etils import epath
 
 from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
-from qwen35_jax.vision_io.images import MAX_PIXELS, check_pixels, data_url_bytes, describe, local_path, read_image, readable
+from qwen35_jax.vision_io.images import MAX_PIXELS, check_file, check_pixels, data_url_bytes, describe, local_path, read_image
 from qwen35_jax.vision_io.remote import is_remote
 from qwen35_jax.vision_io.resize import resize, video_size
 from qwen35_jax.vision_io.settings import VisionSettings
@@ -175,10 +175,7 @@ def check_video_file(path: epath.Path) -> None:
     if "://" in os.fspath(path):
         raise UserError("video files are read from local disks: copy it here first")
     _pyav()
-    with readable(path):
-        length = path.stat().length
-    if length > MAX_FILE_BYTES:
-        raise UserError(f"it has {length:,} bytes; at most {MAX_FILE_BYTES:,} are read")
+    check_file(path, MAX_FILE_BYTES)
 
 
 def _file_clip(path: epath.Path) -> Clip:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io import VisionSettings, image_size, read_image, resize
+from qwen35_jax.vision_io import Picture, VisionSettings, check_source, image_size, read_image, resize
 from qwen35_jax.vision_io import images as images_module
 
 RNG = np.random.default_rng(0)
@@ -172,6 +173,19 @@ def test_sizes():
     assert image_size(480, 640, settings.changed(max_pixels=10_000)) == (64, 96)
     assert image_size(100, 100, settings.changed(max_pixels=10_000)) == (96, 96)
     assert image_size(10, 10, settings.changed(max_pixels=10_000)) == (96, 96)
+
+
+def test_what_has_no_end_is_not_read(tmp_path, monkeypatch):
+    """Pipes and devices, whose length is 0, and files that hold more than they say."""
+    os.mkfifo(tmp_path / "pipe")
+    for source in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(UserError, match="it is no regular file"):
+            read_image(source)
+        with pytest.raises(UserError, match="it is no regular file"):
+            check_source(Picture("image", source), False)
+    monkeypatch.setattr(images_module, "MAX_BYTES", 10)
+    with pytest.raises(UserError, match="it has 11 bytes; at most 10 are read"):
+        read_image("/proc/self/status")
 
 
 def test_large_files_are_not_read(monkeypatch, file):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import struct
 
 import numpy as np
@@ -294,6 +295,12 @@ def test_sizes_that_change(tmp_path, monkeypatch):
         read_video(path, first)
     with pytest.raises(UserError, match=r"1\.ts: its frames have no size, or more than 20,000 pixels"):
         read_video(tmp_path / "1.ts", first)
+
+
+def test_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(UserError, match=r"a\.mp4: it is no regular file"):
+        read_video(tmp_path / "a.mp4", SETTINGS)
 
 
 def test_fps_beside_a_file(tmp_path):
