@@ -158,18 +158,24 @@ def read_picture(picture: Picture, settings: VisionSettings) -> Visual:
 
 @contextlib.contextmanager
 def _fetched(picture: Picture, settings: VisionSettings) -> Iterator[Any]:
-    """The picture's source, its URLs, if they may be fetched, replaced by files with what is behind them."""
+    """The picture's source, its URLs, if they may be fetched, replaced by files with what is behind them: together no more bytes
+    than one file may have."""
     several = isinstance(picture.source, list | tuple)
     sources = list(picture.source) if several else [picture.source]
     if not settings.allow_remote_media or not any(map(is_remote, sources)):
         yield picture.source
         return
+    room = MAX_BYTES
     with tempfile.TemporaryDirectory() as folder:
         for i, source in enumerate(sources):
             if is_remote(source):
                 path = pathlib.Path(folder) / str(i)
                 try:
-                    path.write_bytes(fetch(source, MAX_BYTES))
+                    data = fetch(source, MAX_BYTES)
+                    room -= len(data)
+                    if room < 0:
+                        raise UserError(f"with it the frames have more than {MAX_BYTES:,} bytes, the most that are fetched")
+                    path.write_bytes(data)
                 except UserError as error:
                     raise UserError(f"{picture.kind} {describe(source)}: {error}") from error
                 sources[i] = Copy(str(path), describe(source))

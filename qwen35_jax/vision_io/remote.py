@@ -118,4 +118,6 @@ def _body(response: http.client.HTTPResponse, limit: int) -> bytes:
     body = response.read(limit + 1)
     if len(body) > limit:
         raise UserError(f"it has more than {limit:,} bytes, the most that are read")
+    if response.length:  # of the announced ones, those that did not come
+        raise UserError(f"it breaks off after {len(body):,} of {len(body) + response.length:,} bytes: try again")
     return body

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io import Picture, VisionSettings, read_image, read_picture, remote
+from qwen35_jax.vision_io import Picture, VisionSettings, messages, read_image, read_picture, remote
 from tests.vision_checkpoint import picture
 
 PUBLIC = "93.184.216.34"
@@ -28,6 +28,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         file = io.BytesIO()
         Image.fromarray(picture(64, 96)).save(file, "PNG")
         bodies = {"/a.png?size=1": file.getvalue(), "/text": b"no image", "/large": bytes(5000), "/open": bytes(5000)}
+        bodies["/half"] = bytes(50)
         status = {"/moved": 302, "/absent": 404}.get(self.path, 200)
         body = bodies.get(self.path, b"")
         self.send_response(status)
@@ -38,7 +39,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "close")
             self.close_connection = True
         else:
-            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Content-Length", str(len(body) * (2 if self.path == "/half" else 1)))
+            self.close_connection = self.path == "/half"
         self.end_headers()
         self.wfile.write(body)
 
@@ -97,12 +99,24 @@ def test_an_image_and_frames_of_a_public_host(host):
         ("/absent", "answers 404"),
         ("/large", "it has 5,000 bytes; at most 4,000 are read"),
         ("/open", "it has more than 4,000 bytes"),
+        ("/half", "it breaks off after 50 of 100 bytes"),
     ],
 )
 def test_answers_that_are_refused(host, path, message):
     with pytest.raises(UserError, match=message) as error:
         remote.fetch(f"https://example.com{path}", 4000)
     assert "\n" not in str(error.value) and len(host) == 2
+
+
+def test_the_frames_of_a_video_are_bounded_together(host, monkeypatch):
+    url = "https://example.com/a.png?size=1"
+    size = len(remote.fetch(url, 10**6))
+    monkeypatch.setattr(messages, "MAX_BYTES", 3 * size)
+    assert read_picture(Picture("video", [url] * 3), REMOTE).kind == "video"
+    before = len(host)
+    with pytest.raises(UserError, match=r"video https://example.com/a.png\?size=1: with it the frames have more than"):
+        read_picture(Picture("video", [url] * 9), REMOTE)
+    assert len(host) - before == 8  # the fifth is not asked for
 
 
 @pytest.mark.parametrize(
