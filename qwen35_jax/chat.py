@@ -12,7 +12,7 @@ from collections.abc import Callable
 from qwen35_jax.errors import UserError
 from qwen35_jax.generate import LanguageModel
 from qwen35_jax.generate.multimodal import content_with_pictures
-from qwen35_jax.vision_io import Picture
+from qwen35_jax.vision_io import Picture, is_data_url
 
 
 class Chat:
@@ -84,7 +84,7 @@ class Chat:
 
 def _typed_path(text: str) -> str:
     """A path as it is, or as a shell takes it: quotes, backslashes, ~."""
-    if os.path.exists(text) or re.match(r"data:|[A-Za-z]\w+://", text):
+    if os.path.exists(text) or is_data_url(text) or re.match(r"[A-Za-z]\w+://", text):
         return text
     with contextlib.suppress(ValueError):  # a quote that is not closed
         words = shlex.split(text)

@@ -1,6 +1,6 @@
 """Images and videos to patches: reading, resizing, sampling, cutting."""
 
-from qwen35_jax.vision_io.images import read_image
+from qwen35_jax.vision_io.images import is_data_url, read_image
 from qwen35_jax.vision_io.messages import PADS, Picture, check_source, check_tokens, collect_pictures, expand, read_picture
 from qwen35_jax.vision_io.patches import Visual, image_visual, patch_places, video_visual
 from qwen35_jax.vision_io.remote import is_remote
@@ -19,6 +19,7 @@ __all__ = [
     "expand",
     "image_size",
     "image_visual",
+    "is_data_url",
     "is_folder",
     "is_remote",
     "patch_places",

@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 import numpy as np
 from etils import epath
@@ -24,7 +25,7 @@ from qwen35_jax.vision_io.resize import check_aspect
 MAX_BYTES = 256 << 20  # of a file
 MAX_PIXELS = 1 << 26  # of a decoded image: 8192 x 8192, 200 MB as RGB
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII)
+DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+)?(;[\w.+-]+=[\w.+-]+)*;base64,", re.ASCII | re.IGNORECASE)
 SHOWN = 160  # characters of a source in an error
 
 
@@ -63,13 +64,18 @@ def read_image(source: Any) -> np.ndarray:
         raise UserError(f"image {name} cannot be decoded: {one_line(error)}") from error
 
 
+def is_data_url(source: object) -> bool:
+    """Whether a source is a URL that holds its content itself."""
+    return isinstance(source, str) and source[:5].lower() == "data:"
+
+
 def describe(source: Any) -> str:
     """A short name of a source for errors."""
     if isinstance(source, Copy):
         return source.name
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
-        if text.startswith("data:"):
+        if is_data_url(source):
             return "in a data: URL"
         return text if len(text) <= SHOWN and text.isprintable() else f"{text[:SHOWN]!r}…"
     if isinstance(source, bytes | bytearray | memoryview):
@@ -80,8 +86,8 @@ def describe(source: Any) -> str:
 def local_path(source: str | os.PathLike) -> epath.Path:
     """The path that a text names. UserError for URLs of other hosts: nothing is fetched from the network here."""
     text = os.fspath(source)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
+    if text[:7].lower() == "file://":
+        text = _path_of_url(text)
     elif re.match(r"(?!gs:|s3:)[A-Za-z][A-Za-z0-9+.-]+://", text):
         raise UserError("remote URLs are not fetched unless allow_remote_media is set, and then of https alone: give the file")
     if not text or "\0" in text:
@@ -89,8 +95,21 @@ def local_path(source: str | os.PathLike) -> epath.Path:
     return epath.Path(text)
 
 
+def _path_of_url(url: str) -> str:
+    """Of a file: URL, its %-encoding undone. UserError where it is none of this machine."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"the file: URL is malformed: {one_line(error)}") from error
+    if parts.netloc.lower() not in ("", "localhost"):
+        raise UserError(f"the file: URL names the host {parts.netloc[:SHOWN]!r}: write file:///PATH for a file of this one")
+    if "?" in url or "#" in url:
+        raise UserError("the file: URL has a ? or a #: of a file's name write them %3F and %23")
+    return unquote(parts.path, errors="surrogateescape")
+
+
 def _opened(source: Any, name: str) -> Image.Image:
-    if isinstance(source, str) and source.startswith("data:"):
+    if is_data_url(source):
         data = data_url_bytes(source)
     elif isinstance(source, str | os.PathLike):
         data = _file(local_path(source))
@@ -143,13 +162,15 @@ def readable(path: epath.Path) -> Iterator[None]:
 
 
 def data_url_bytes(url: str) -> bytes:
-    """What a base64 data: URL holds. UserError where it is another kind of URL, too large or damaged."""
+    """What a base64 data: URL holds: its characters may be %-encoded, with whitespace between and without the = at the end.
+    UserError where it is another kind of URL, too large or damaged."""
     head = DATA_URL.match(url)
     if head is None:
         raise UserError("the data: URL is not base64 (such as data:image/png;base64,…)")
     _check_bytes((len(url) - head.end()) // 4 * 3, MAX_BYTES)
     try:
-        return base64.b64decode(url[head.end() :], validate=True)
+        text = unquote_to_bytes(url[head.end() :]).translate(None, b" \t\n\f\r")
+        return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
         raise UserError(f"its base64 is damaged: {one_line(error)}") from error
 

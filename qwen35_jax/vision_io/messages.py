@@ -14,7 +14,7 @@ from typing import Any
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io.images import MAX_BYTES, Copy, check_image_file, describe, local_path, read_image
+from qwen35_jax.vision_io.images import MAX_BYTES, Copy, check_image_file, describe, is_data_url, local_path, read_image
 from qwen35_jax.vision_io.patches import Visual, image_visual, video_visual
 from qwen35_jax.vision_io.remote import fetch, is_remote
 from qwen35_jax.vision_io.resize import image_size, resize
@@ -129,7 +129,7 @@ def check_source(picture: Picture, allow_remote_media: bool) -> None:
     several = isinstance(picture.source, list | tuple)
     film = picture.kind == "video" and not several
     for source in picture.source if several else [picture.source]:
-        elsewhere = isinstance(source, str) and (source.startswith("data:") or (allow_remote_media and is_remote(source)))
+        elsewhere = is_data_url(source) or (allow_remote_media and is_remote(source))
         if elsewhere or not isinstance(source, str | os.PathLike):
             continue
         try:

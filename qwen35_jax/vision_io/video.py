@@ -16,7 +16,16 @@ from etils import epath
 
 from qwen35_jax.errors import UserError, reachable
 from qwen35_jax.text import one_line
-from qwen35_jax.vision_io.images import MAX_PIXELS, check_file, check_pixels, data_url_bytes, describe, local_path, read_image
+from qwen35_jax.vision_io.images import (
+    MAX_PIXELS,
+    check_file,
+    check_pixels,
+    data_url_bytes,
+    describe,
+    is_data_url,
+    local_path,
+    read_image,
+)
 from qwen35_jax.vision_io.remote import is_remote
 from qwen35_jax.vision_io.resize import resize, video_size
 from qwen35_jax.vision_io.settings import VisionSettings
@@ -107,7 +116,7 @@ def patch_seconds(indices: Sequence[int], fps: float, step: int) -> tuple[float,
 @contextlib.contextmanager
 def _on_disk(source: Any) -> Iterator[Any]:
     """The source; what a data: URL holds as a file."""
-    if not isinstance(source, str) or not source.startswith("data:"):
+    if not is_data_url(source):
         yield source
         return
     with tempfile.NamedTemporaryFile() as file:
@@ -163,7 +172,7 @@ def _pictures(sources: list, fps: float) -> Clip:
 
 def is_folder(source: Any) -> bool:
     """Whether a video is a folder of frames, which have no rate of their own. UserError where that cannot be found out."""
-    if not isinstance(source, str | os.PathLike) or is_remote(source) or os.fspath(source).startswith("data:"):
+    if not isinstance(source, str | os.PathLike) or is_remote(source) or is_data_url(source):
         return False
     path = local_path(source)
     with reachable(path):

@@ -42,7 +42,7 @@ def write_chats(folder: Path) -> Path:
     (folder / "clip").mkdir()
     for i in range(4):
         (folder / "clip" / f"{i}.png").write_bytes(png(picture(16, 16, 20 + i)))
-    url = "data:image/png;base64," + base64.b64encode(png(picture(16, 16, 9))).decode()
+    url = "Data:image/png;base64," + base64.b64encode(png(picture(16, 16, 9))).decode()
     lines = [chat([image(f"pictures/{i % 6}.png"), text(f"Which is it, {i}?")], f"It is number {i}.") for i in range(12)]
     lines += [chat([{"type": "video", "video": "clip", "fps": 2}, text("Where?")], "To the left.")] * 2
     frames = [f"clip/{i}.png" for i in range(3)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import os
+import urllib.parse
 import zlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.vision_io import Picture, VisionSettings, check_source, image_size, read_image, resize
+from qwen35_jax.vision_io import Picture, VisionSettings, check_source, image_size, read_image, read_video, resize
 from qwen35_jax.vision_io import images as images_module
 
 RNG = np.random.default_rng(0)
@@ -46,6 +47,31 @@ def test_sources(file):
         PIXELS,
     ):
         np.testing.assert_array_equal(read_image(source), PIXELS)
+
+
+def test_file_urls(tmp_path):
+    path = tmp_path / "my cat 100%.png"
+    path.write_bytes(encoded(PIXELS))
+    quoted = urllib.parse.quote(str(path))
+    for source in (f"file://{quoted}", f"FILE://LocalHost{quoted}", f"file://{tmp_path}/my cat 100%.png"):
+        np.testing.assert_array_equal(read_image(source), PIXELS)
+        check_source(Picture("image", source), False)
+
+
+def test_data_urls():
+    """Names in any case, whitespace as mail and YAML break lines, %-encoding, no = at the end."""
+    base = base64.b64encode(encoded(PIXELS)).decode()
+    assert base.endswith("=") and ("+" in base or "/" in base)
+    for url in (
+        "DATA:image/PNG;Base64," + base,
+        "data:;charset=x;base64," + base.rstrip("="),
+        "data:image/png;base64,\n " + "\r\n\t".join(base[i : i + 76] for i in range(0, len(base), 76)),
+        "data:image/png;base64," + urllib.parse.quote(base, safe=""),
+    ):
+        np.testing.assert_array_equal(read_image(url), PIXELS)
+        check_source(Picture("image", url), False)
+        with pytest.raises(UserError, match="video in a data: URL: "):
+            read_video(url[:60], VisionSettings())
 
 
 def test_formats():
@@ -125,6 +151,11 @@ BAD = {
     "other protocol": ("ftp://example.com/a.png", "remote URLs are not fetched"),
     "data URL": ("data:image/png,abc", "not base64"),
     "damaged base64": ("data:image/png;base64,@@@@", "base64 is damaged"),
+    "no multiple of four": ("data:image/png;base64,AAAAA", "base64 is damaged"),
+    "what base64 lacks": ("data:image/png;base64,AAä=", "base64 is damaged"),
+    "another host's file": ("file://host/a.png", "the file: URL names the host 'host': write file:///PATH"),
+    "malformed file URL": ("file://[x/a.png", "the file: URL is malformed"),
+    "file URL with a query": ("file:///a?b.png", "write them %3F and %23"),
     "zero byte": ("a\0b", "zero byte"),
     "no path": ("", "path is empty"),
     "floats": (np.zeros((4, 4, 3)), r"must be uint8 \[H, W, 3\], not float64 \[4, 4, 3\]"),

@@ -14,7 +14,7 @@ from etils import epath
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import FrameQueue, vision_positions
-from qwen35_jax.vision_io import Picture, VisionSettings, Visual, check_tokens, is_remote, patch_places, read_picture
+from qwen35_jax.vision_io import Picture, VisionSettings, Visual, check_tokens, is_data_url, is_remote, patch_places, read_picture
 
 READ_AHEAD_BYTES = 1 << 30  # of patches of documents that are read before their turn
 
@@ -171,7 +171,7 @@ def _located(picture: Picture, folder: str) -> Picture:
             return [whole(part) for part in source]
         if is_remote(source):
             raise UserError(f"{source[:80]!r}: nothing is fetched in training; download the picture, and give its path")
-        if not isinstance(source, str) or re.match(r"data:|[A-Za-z][A-Za-z0-9+.-]*://", source):
+        if not isinstance(source, str) or is_data_url(source) or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
             return source
         return os.fspath(epath.Path(folder) / source)
 
