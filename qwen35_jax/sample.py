@@ -368,6 +368,7 @@ def print_stats(stats: dict) -> None:
     rows = [
         ("load", f"{stats['load_seconds']:.2f} s"),
         ("compile", f"{stats['compile_seconds']:.2f} s"),
+        *([("vision", f"{stats['vision_seconds']:.3f} s")] if stats["vision_seconds"] else []),
         ("prefill", f"{stats['prefill_seconds']:.3f} s for {stats['prefill_tokens']} tokens"),
         ("decode", "nothing" if speed is None else f"{speed:.1f} tokens/s"),
         ("ops", ", ".join(f"{op}={form}" for op, form in stats["forms"].items())),

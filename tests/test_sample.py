@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +46,7 @@ def checkpoint(tmp_path_factory) -> Path:
 def test_the_main_job_on_eight_devices():
     done = run("--mesh", "8x1", "--stats", settings={})  # compiled as users do
     assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
-    assert "random weights" not in done.stderr
+    assert "random weights" not in done.stderr and "vision:" not in done.stderr
     for line in ("load:", "compile:", "prefill:", "decode:", "ops:", "weights per device:", "state per device:"):
         assert line in done.stderr
     assert "gated_delta_rule=xla" in done.stderr and "moe=gather" in done.stderr
@@ -64,8 +65,9 @@ def test_the_main_job_with_the_prompt_cut_over_eight_devices():
 
 def test_the_packaged_model_sees():
     """The README's picture."""
-    done = run("--image", str(ROOT / "docs" / "stars.png"), "--prompt", "How many stars are there?")
+    done = run("--image", str(ROOT / "docs" / "stars.png"), "--prompt", "How many stars are there?", "--stats")
     assert (done.returncode, done.stdout) == (0, "There are 4 stars.\n"), done.stderr
+    assert re.search(r"^vision: +\d+\.\d{3} s$", done.stderr, re.MULTILINE), done.stderr
 
 
 def test_json_batches_presets_and_prompt_files(tmp_path):

@@ -42,6 +42,7 @@ class Request:
 class Timing:
     """Seconds and tokens of one batch. Compilation is not in them."""
 
+    vision_seconds: float = 0.0
     prefill_seconds: float = 0.0
     prefill_tokens: int = 0
     decode_seconds: float = 0.0

@@ -263,6 +263,7 @@ class LanguageModel:
         generation = Generation(self.programs, requests, prefill_chunk)
         readers = [_RowReader(self.tokenizer, r, StopStrings(stop)) for r in requests]
         self.timing = generation.timing
+        self.timing.vision_seconds = self.vision.encoder.seconds if self.vision else 0.0
         self.step_tokens = {"prefill": max(generation.chunks) * generation.slots, "decode": generation.slots}
         self.state_bytes = _bytes_per_device(generation.session_shapes()["state"])
         yield from self._pieces(generation, readers, streaming or bool(stop))
@@ -298,15 +299,16 @@ class LanguageModel:
 
     def stats(self) -> dict[str, Any]:
         """Seconds, speeds, op forms and bytes of the last batch; no forms before the first."""
-        t = self.timing
+        t, tower = self.timing, self.vision and self.vision.encoder
         return {
-            "load_seconds": self.load_seconds,
-            "compile_seconds": self.programs.seconds + (self.vision.encoder.compile_seconds if self.vision else 0.0),
+            "load_seconds": self.load_seconds + (tower.load_seconds if tower else 0.0),
+            "compile_seconds": self.programs.seconds + (tower.compile_seconds if tower else 0.0),
+            "vision_seconds": t.vision_seconds,
             "prefill_seconds": t.prefill_seconds,
             "prefill_tokens": t.prefill_tokens,
             "decode_tokens_per_second": t.decode_tokens / t.decode_seconds if t.decode_seconds else None,
             "forms": self._forms(),
-            "weight_bytes_per_device": _bytes_per_device((self.params, self.vision and self.vision.encoder.params)),
+            "weight_bytes_per_device": _bytes_per_device((self.params, tower and tower.params)),
             "state_bytes_per_device": self.state_bytes,
         }
 

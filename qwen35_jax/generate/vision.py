@@ -75,20 +75,27 @@ def make_vision(model: VisionModel, rows: int, length: int) -> Program:
 
 
 class VisionEncoder:
-    """The vision tower with its parameters, which are loaded when the first picture comes."""
+    """The vision tower with its parameters, which are loaded when the first picture comes.
+
+    `seconds` are those of the last call of `encode`, without loading and compilation.
+    """
 
     def __init__(self, model: VisionModel, load: Callable[[], dict]):
         self.model, self._load = model, load
         self.params: dict | None = None
-        self.compile_seconds = 0.0
+        self.load_seconds = self.compile_seconds = self.seconds = 0.0
         self._compiled: dict[int, Callable] = {}
 
     def encode(self, visuals: Sequence[Visual]) -> list[np.ndarray]:
         """Each visual's rows [tokens, width of the text model], on every host. UserError where the tower cannot be loaded."""
+        self.seconds = 0.0
         if not visuals:
             return []
         if self.params is None:
+            begin = time.perf_counter()
             self.params = self._load()
+            self.load_seconds = time.perf_counter() - begin
+        begin, compiled = time.perf_counter(), self.compile_seconds
         shards = self.model.sharding.size(self.model.layout.rows)
         length, rows = pack_frames(visuals, shards)
         parts: list[list[np.ndarray]] = [[] for _ in visuals]
@@ -102,6 +109,7 @@ class VisionEncoder:
                     count = (frame.stop - frame.start) // merged
                     parts[frame.visual].append(row[place : place + count])
                     place += count
+        self.seconds = time.perf_counter() - begin - (self.compile_seconds - compiled)
         return [np.concatenate(p) for p in parts]
 
     def _program(self, rows: int, length: int) -> Callable:

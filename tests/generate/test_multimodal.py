@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import time
 
 import numpy as np
 import pytest
@@ -143,8 +144,13 @@ def test_the_tower_is_loaded_when_a_picture_comes(tmp_path):
     processor.write_text(right)
     before = lm.stats()["weight_bytes_per_device"]
     ready = lm.prepare(user(image(picture())))
+    loaded, begin = lm.stats()["load_seconds"], time.perf_counter()
     assert lm.generate(ready, **GREEDY)[0].prompt_token_ids == ready.token_ids
-    assert lm.stats()["weight_bytes_per_device"] > before
+    stats, passed = lm.stats(), time.perf_counter() - begin
+    assert stats["weight_bytes_per_device"] > before and stats["load_seconds"] > loaded
+    assert 0 < stats["vision_seconds"] < passed - lm.vision.encoder.compile_seconds
+    lm.generate("Hello", **GREEDY)
+    assert lm.stats()["vision_seconds"] == 0
 
 
 def _wrong(prompt, message: str, lm, **options):
