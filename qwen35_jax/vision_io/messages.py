@@ -147,6 +147,9 @@ def read_picture(picture: Picture, settings: VisionSettings) -> Visual:
     if isinstance(picture.source, Visual):
         if picture.source.kind != picture.kind:
             raise UserError(f"what is given as {picture.kind} was read as {picture.source.kind}")
+        for name in ASKED["video"]:
+            if getattr(picture, name) is not None:
+                raise UserError(f"{name} is given beside what was read before: say it where the {picture.kind} is read")
         return picture.source
     settings = _changed(settings, picture)
     with _fetched(picture, settings) as source:

@@ -169,6 +169,10 @@ def test_wrong_prompts(seeing, blind):
     _wrong(user({"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}}), "remote URLs are not fetched", seeing)
     shown = seeing.prepare(user(image(picture()))).visuals[0]
     _wrong(user({"type": "video", "video": shown}), "what is given as video was read as image", seeing)
+    _wrong(user(image(shown) | {"max_pixels": 4096}), "max_pixels is given beside what was read before: say it", seeing)
+    film = seeing.prepare(user({"type": "video", "video": np.zeros((4, 8, 8, 3), np.uint8)})).visuals[0]
+    for name in ("fps", "max_frames", "min_pixels"):
+        _wrong(user({"type": "video", "video": film, name: 4096}), f"{name} is given beside what was read before", seeing)
     _wrong(user(image("https://example.com/a.png")), "remote URLs are not fetched", seeing)
     _wrong(user(image(b"text")), "is no image that can be read", seeing)
     _wrong(user({"type": "video", "video": np.zeros((0, 8, 8, 3), np.uint8)}), "it has no frames", seeing)
