@@ -191,8 +191,9 @@ def check_pixels(height: int, width: int) -> None:
 
 def _pixels(image: Image.Image) -> np.ndarray:
     check_pixels(image.height, image.width)
+    deep = image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I")  # of which Pillow makes 16 bits
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I;16"):
+    if deep:
         return np.repeat((np.asarray(image, np.uint16) >> 8).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode in ("I", "F"):
         raise UserError(f"its values have 32 bits (mode {image.mode}): convert it to 8 bits a channel")

@@ -113,6 +113,9 @@ def test_grey_and_deep_and_cmyk():
         np.testing.assert_array_equal(read_image(source), np.repeat(grey[..., None], 3, axis=2))
     deep = grey.astype(np.uint16) * 257
     np.testing.assert_array_equal(read_image(encoded(deep)), np.repeat(grey[..., None], 3, axis=2))
+    for name, values in (("P5", deep.astype(">u2").tobytes()), ("P2", " ".join(map(str, deep.ravel())).encode())):
+        pgm = f"{name} 9 7 65535\n".encode() + values
+        np.testing.assert_array_equal(read_image(pgm), np.repeat(grey[..., None], 3, axis=2))
     cmyk = Image.new("CMYK", (5, 6), (0, 255, 255, 0))
     assert (read_image(encoded(cmyk, "TIFF")) == [255, 0, 0]).all()
 
@@ -163,6 +166,7 @@ BAD = {
     "nothing in it": (np.zeros((0, 4, 3), np.uint8), "has no pixels"),
     "a number": (7, "give a path"),
     "32 bits": (Image.new("F", (4, 4)), "32 bits"),
+    "whole numbers of 32 bits": (encoded(Image.new("I", (4, 4)), "TIFF"), "32 bits"),
     "script": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is no image"),
 }
 
