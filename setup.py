@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-VIDEO = ["av"]
+VIDEO = ["av>=14.1"]  # the first that tells how a frame is to be turned
 TEST = ["pytest>=8", "pytest-xdist", "hypothesis>=6", "safetensors", *VIDEO]
 ORACLE = ["torch==2.13.0", "transformers==5.23.0", "accelerate"]  # the last for FP8 checkpoints
 GCS = ["etils[epath-gcs]"]

@@ -34,12 +34,16 @@ def picture(height: int = 16, width: int = 24, seed: int = 0) -> np.ndarray:
 
 
 def write_video(path, count: int, size: tuple[int, int] = (64, 96), fps: int = 8) -> None:
-    """Frame i is grey, ten times i; one in twelve stands for itself, the others say what changes."""
+    """Frame i is grey, ten times i."""
+    write_frames(path, [np.full((*size, 3), 10 * i, np.uint8) for i in range(count)], fps)
+
+
+def write_frames(path, frames: list[np.ndarray], fps: int = 8) -> None:
+    """A video of uint8 [H, W, 3]; one in twelve stands for itself, the others say what changes."""
     av = pytest.importorskip("av", reason="reading video files needs PyAV (av)")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=fps, options={"sc_threshold": "1000000000"})
-        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *size, "yuv420p", 10_000_000
-        for i in range(count):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * i, np.uint8), format="rgb24")
-            container.mux(stream.encode(frame))
+        stream.height, stream.width, stream.pix_fmt, stream.bit_rate = *frames[0].shape[:2], "yuv420p", 10_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

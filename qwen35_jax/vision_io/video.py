@@ -68,6 +68,8 @@ def read_video(source: Any, settings: VisionSettings, fps: float | None = None) 
         fps: of the source, for frames and folders; default: 24. Beside a file, which knows its own, it is what Qwen's examples
             mean by it: how many frames a second are looked at, in place of settings.fps.
 
+    The frames of a file are turned upright, as its rotation note has it.
+
     Raises UserError, one line, for what is no video, has no frames, is too large or is damaged.
     """
     name = describe(source)
@@ -93,9 +95,11 @@ def _looked_at(clip: Clip, settings: VisionSettings) -> tuple[np.ndarray, list[i
         raise UserError("it has no frames")
     check_pixels(*clip.size)
     indices = sample_frames(clip.count, clip.fps, settings.changed(fps=clip.wanted))
-    size = video_size(len(indices), *clip.size, settings)
-    frames = np.empty((len(indices), *size, 3), np.uint8)
+    frames = size = None
     for i, frame in enumerate(clip.frames(indices)):
+        if frames is None:  # of frames that are turned, the sides are not those of the file
+            size = video_size(len(indices), *frame.shape[:2], settings)
+            frames = np.empty((len(indices), *size, 3), np.uint8)
         frames[i] = resize(frame, size)
     return frames, indices
 
@@ -239,8 +243,11 @@ def _count(container, stream) -> int:
 
 
 def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """Frames `indices` (rising) as uint8 [H, W, 3]. EndsEarlyError where the file has fewer."""
-    wanted = iter(indices)
+    """Frames `indices` (rising) as uint8 [H, W, 3], upright: in quarter turns, as the file notes it with the first one.
+
+    EndsEarlyError where the file has fewer.
+    """
+    wanted, turns = iter(indices), None
     target, i = next(wanted), -1
     try:
         with _opened(av, path) as container:
@@ -248,8 +255,9 @@ def _decoded(av, path: epath.Path, indices: Sequence[int], size: tuple[int, int]
             for i, frame in enumerate(container.decode(video=0)):
                 if (frame.height, frame.width) != size:
                     raise UserError(f"frame {i} is {frame.width} x {frame.height} pixels, the first {size[1]} x {size[0]}")
+                turns = round(frame.rotation / 90) if turns is None else turns  # counterclockwise, as NumPy's
                 while i == target:
-                    yield frame.to_ndarray(format="rgb24")
+                    yield np.rot90(frame.to_ndarray(format="rgb24"), turns)
                     target = next(wanted, -1)
                 if target < 0:
                     return

@@ -29,7 +29,7 @@ from qwen35_jax.vision_io import (
 )
 from qwen35_jax.vision_io import images as images_module
 from qwen35_jax.vision_io import video as video_module
-from tests.vision_checkpoint import write_video
+from tests.vision_checkpoint import write_frames, write_video
 
 av = pytest.importorskip("av", reason="reading video files needs PyAV (av)")
 
@@ -295,6 +295,27 @@ def test_sizes_that_change(tmp_path, monkeypatch):
         read_video(path, first)
     with pytest.raises(UserError, match=r"1\.ts: its frames have no size, or more than 20,000 pixels"):
         read_video(tmp_path / "1.ts", first)
+
+
+def turned(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An MP4 with a matrix in its track's header: a pixel at (x, y), y downwards, is shown at (ax + cy, bx + dy)."""
+    a, b, c, d = (n << 16 for n in matrix)
+    changed = bytearray(data)
+    struct.pack_into(">9i", changed, data.index(b"tkhd") + 44, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return bytes(changed)
+
+
+@pytest.mark.parametrize(("matrix", "turns"), [((1, 0, 0, 1), 0), ((0, 1, -1, 0), -1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 1)])
+def test_clips_of_a_camera_that_was_turned(tmp_path, matrix, turns):
+    """The first is how a phone notes what it took upright: to be shown a quarter to the right."""
+    pixels = np.zeros((64, 96, 3), np.uint8)
+    pixels[:32, :32], pixels[32:, 64:] = 250, 120
+    write_frames(tmp_path / "a.mp4", [pixels] * 5)
+    (tmp_path / "turned.mp4").write_bytes(turned((tmp_path / "a.mp4").read_bytes(), matrix))
+    (plain, _), (frames, _) = (read_video(tmp_path / name, SETTINGS) for name in ("a.mp4", "turned.mp4"))
+    np.testing.assert_array_equal(frames, np.rot90(plain, turns, axes=(1, 2)))
+    small = SETTINGS.changed(max_pixels=4096)
+    assert read_video(tmp_path / "turned.mp4", small)[0].shape[1:3] == ((32, 64), (64, 32))[turns % 2]
 
 
 def test_a_pipe(tmp_path):
