@@ -168,6 +168,33 @@ def test_how_videos_are_looked_at(seeing, tmp_path):
         assert record["prompt_tokens"] == len(Tokenizer.from_directory(seeing).encode(text))
 
 
+# The command where https://example.com is a folder of this machine, the last argument.
+FETCHING = """
+import sys
+from qwen35_jax import command, sample
+from qwen35_jax.vision_io import messages
+
+folder = sys.argv.pop()
+
+def fetch(url, limit):
+    print("fetched", url, file=sys.stderr)
+    with open(url.replace("https://example.com", folder), "rb") as file:
+        return file.read(limit)
+
+messages.fetch = fetch
+command.run(sample.main, sample.USAGE)
+"""
+
+
+def test_remote_media_that_are_allowed(seeing):
+    url = "https://example.com/0.png"
+    flags = ("--checkpoint", str(seeing), "--image", url, "--allow_remote_media", "--max_new_tokens", "1", "--json")
+    program = [sys.executable, "-c", FETCHING, *flags, str(seeing.parent)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=400, cwd=ROOT, env=os.environ | FAST)
+    assert done.returncode == 0 and done.stderr.count(f"fetched {url}") == 1, done.stderr
+    assert json.loads(done.stdout)["prompt"][0]["content"][0] == {"type": "image", "image": url}
+
+
 def test_images_in_a_chat(seeing):
     """What is wrong with a picture is said when it is shown; the next message is about those that are right."""
     lines = f"/image {seeing.parent / '0.png'}\n/image /nowhere.png\n/image\nWhat is it?\n/exit\n"

@@ -14,7 +14,7 @@ import qwen35_jax
 from qwen35_jax import UserError
 from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
 from qwen35_jax.model import FrameQueue, vision_positions
-from qwen35_jax.vision_io import Picture, Visual, collect_pictures, expand
+from qwen35_jax.vision_io import Picture, Visual, collect_pictures, expand, messages
 from tests.vision_checkpoint import IMAGE, VIDEO, picture, write_checkpoint
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True, "max_new_tokens": 6}
@@ -114,6 +114,23 @@ def test_settings_of_a_call(seeing):
     assert seeing.prepare(clip).visuals[0].grid[0] == 4
     assert seeing.prepare(clip, fps=5).visuals[0].grid[0] == 10
     assert seeing.prepare(clip, fps=5, max_frames=4).visuals[0].grid[0] == 2
+
+
+def test_remote_media_that_are_allowed(seeing, monkeypatch):
+    """By the option of a call, in every form that takes it; without it nothing is fetched."""
+    file, asked, url = io.BytesIO(), [], "https://example.com/a.png"
+    Image.fromarray(picture()).save(file, "PNG")
+    monkeypatch.setattr(messages, "fetch", lambda url, limit: asked.append(url) or file.getvalue())
+    chat, allowed = user(image(url), "What?"), {"allow_remote_media": True}
+    (expected,) = seeing.generate([user(image(picture()), "What?")], **GREEDY)
+    assert seeing.generate([chat], **allowed, **GREEDY) == [expected]
+    assert sum((p.token_ids for p in seeing.stream([chat], **allowed, **GREEDY)), []) == expected.token_ids
+    assert seeing.encode(chat, **allowed) == expected.prompt_token_ids
+    assert seeing.logits([expected.prompt_token_ids], images=[url], **allowed).shape[0] == 1
+    assert asked == [url] * 4
+    for options in ({}, {"allow_remote_media": False}):
+        _wrong(chat, "remote URLs are not fetched unless allow_remote_media is set", seeing, **options)
+    assert len(asked) == 4
 
 
 def test_what_a_part_says_about_its_picture(seeing):
