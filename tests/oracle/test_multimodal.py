@@ -159,6 +159,8 @@ def test_greedy_tokens(pictured, mesh):
     """A batch of prompts of unequal length, one of them text alone, in one piece and in chunks that cut through pictures."""
     p = pictured("vision")
     names = ("text", "one image", "videos", LONG)
+    ids, image = p.prepared(LONG).token_ids, p.case.vocab - 2
+    assert any(ids[end - 1] == ids[end] == image for end in range(64, len(ids), 64)), "no chunk of 64 ends inside an image"
     lm, prompts = p.lm(mesh), [p.prepared(name) for name in names]
     shown = PROMPTS[LONG]
     logits = lm.logits([prompts[-1].token_ids], images=shown.images, videos=shown.videos)
