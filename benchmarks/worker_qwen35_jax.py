@@ -22,9 +22,7 @@ def main() -> None:
     options = json.loads(sys.argv[1])
     jax.config.update("jax_platforms", "cpu")
     lm = qwen35_jax.load(options["model"], dtype=options["dtype"])
-    shown = (lm.config.image_token_id, lm.config.video_token_id)
-    ordinary = [i for i in range(lm.vocabulary) if i not in shown]
-    ids = np.random.default_rng(0).choice(ordinary, options["prompt_tokens"]).tolist()
+    ids = np.random.default_rng(0).integers(0, lm.vocabulary, options["prompt_tokens"]).tolist()
     run(lm, ids, options["new_tokens"])
     print(json.dumps({"versions": f"qwen35_jax {qwen35_jax.__version__}, jax {jax.__version__}"}), flush=True)
     for _ in sys.stdin:

@@ -18,7 +18,6 @@ from qwen35_jax.generate.multimodal import (
     Prepared,
     Vision,
     as_pictures,
-    check_text,
     place_rows,
     step_arrays,
 )
@@ -108,8 +107,6 @@ class LanguageModel:
         if visuals:
             placed = place_rows(tokens, segments, visuals, self.vision.encoder.encode(visuals), self.config)
             more = (step_arrays(placed, rows, 0, length, self.config),)
-        elif self.vision is not None:
-            check_text(tokens[segments > 0], self.config)
         options = {"layers": layers} | ({"vision": True} if visuals else {})
         program = self.programs.get(steps.make_logits, rows, length, **options)
         result = program(self.params, np.pad(tokens, pad), np.pad(segments, pad), *more)
@@ -202,8 +199,6 @@ class LanguageModel:
             if not all(isinstance(i, int | np.integer) for i in prompt):
                 raise UserError(f"a prompt must be {PROMPT_FORMS}")
             ids = [int(i) for i in prompt]
-            if self.vision is not None:
-                check_text(ids, self.config)
         if not ids:
             raise UserError("a prompt is empty: give it at least one token")
         self._check_ids(np.asarray(ids))

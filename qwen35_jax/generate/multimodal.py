@@ -95,13 +95,11 @@ class Vision:
         return [read_picture(p, settings) for p in pictures]
 
     def place(self, prompts: Sequence[Prepared]) -> list[Placed | None]:
-        """Each prompt's pictures through the vision tower, all prompts' together; None for a prompt of text. UserError where
-        placeholders and visuals do not fit together."""
+        """Each prompt's pictures through the vision tower, all prompts' together; None for a prompt of text."""
         rows = iter(self.encoder.encode([v for p in prompts for v in p.visuals]))
         taken = [[next(rows) for _ in p.visuals] for p in prompts]
         config = self.encoder.model.config
-        placed = [place(p.token_ids, p.visuals, own, config) for p, own in zip(prompts, taken, strict=True)]
-        return [p if p.spans else None for p in placed]
+        return [place(p.token_ids, p.visuals, own, config) if own else None for p, own in zip(prompts, taken, strict=True)]
 
 
 def place(token_ids: Sequence[int], visuals: Sequence[Visual], rows: list[np.ndarray], config: ModelConfig) -> Placed:
@@ -110,11 +108,6 @@ def place(token_ids: Sequence[int], visuals: Sequence[Visual], rows: list[np.nda
     positions, offset, spans = vision_positions(np.asarray(token_ids), queue, config)
     queue.finish()
     return Placed(positions, offset, spans, rows)
-
-
-def check_text(token_ids: Sequence[int], config: ModelConfig) -> None:
-    """UserError for placeholders in what comes without pictures: they would be read as text."""
-    place(token_ids, (), [], config)
 
 
 def place_rows(

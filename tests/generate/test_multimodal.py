@@ -12,7 +12,7 @@ from PIL import Image
 
 import qwen35_jax
 from qwen35_jax import UserError
-from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
+from qwen35_jax.generate.multimodal import content_with_pictures
 from qwen35_jax.model import FrameQueue, vision_positions
 from qwen35_jax.vision_io import Picture, Visual, collect_pictures, expand, messages
 from tests.vision_checkpoint import IMAGE, VIDEO, picture, write_checkpoint
@@ -216,27 +216,6 @@ def test_wrong_placeholders(seeing):
         seeing.logits([ids], images=[picture(32, 24)])
     with pytest.raises(UserError, match="not the model's image_token_id"):
         qwen35_jax.LanguageModel.prepare(_with_tokens(seeing, 7), user(image(picture())))
-
-
-def test_placeholders_without_pictures(seeing, blind):
-    """The pictures were forgotten; to a model that cannot see they are tokens like any other."""
-    ids = seeing.prepare(user(image(picture()), "What?")).token_ids
-    for call in (
-        lambda: seeing.logits([ids]),
-        lambda: seeing.logits([[5] * len(ids), ids]),
-        lambda: seeing.prepare(ids),
-        lambda: seeing.generate(["Hello", ids], **GREEDY),
-        lambda: seeing.generate(Prepared(ids), **GREEDY),
-    ):
-        with pytest.raises(UserError, match="more image placeholders in the tokens than the 0 images given need") as error:
-            call()
-        assert "\n" not in str(error.value)
-    with pytest.raises(UserError, match="more video placeholders in the tokens than the 0 videos"):
-        seeing.generate([5, VIDEO, 6], **GREEDY)
-    segments = [[1] * 4 + [0] * 4]
-    padded = np.asarray(seeing.logits([[5, 6, 7, 8] + [IMAGE] * 4], segment_ids=segments))
-    np.testing.assert_array_equal(padded[:, :4], np.asarray(seeing.logits([[5, 6, 7, 8] * 2], segment_ids=segments))[:, :4])
-    assert len(blind.generate(ids, **GREEDY)[0].token_ids) == 6 and blind.logits([ids]).shape[1] == len(ids)
 
 
 def _with_tokens(lm, token: int) -> qwen35_jax.LanguageModel:
