@@ -19,15 +19,16 @@ class Chat:
     """Messages from standard input, answers to standard output as they come.
 
     system: the system message, if any. picture(kind, source): the picture that a file is, kind "image" or "video".
-    vision: limits of pictures, as `LanguageModel.prepare` takes them; options: everything else for `LanguageModel.stream`.
+    rendering: how chats become prompts, limits of pictures included, as `LanguageModel.prepare` takes it; options: those of
+    `LanguageModel.stream`.
     """
 
     def __init__(
-        self, lm: LanguageModel, system: str | None, picture: Callable[[str, str], Picture], vision: dict, options: dict
+        self, lm: LanguageModel, system: str | None, picture: Callable[[str, str], Picture], rendering: dict, options: dict
     ):
         if lm.tokenizer is None:
             raise UserError("this checkpoint has no tokenizer.json, so it cannot chat")
-        self.lm, self.picture, self.vision, self.options = lm, picture, vision, options
+        self.lm, self.picture, self.rendering, self.options = lm, picture, rendering, options
         self.system = [] if system is None else [{"role": "system", "content": system}]
         self._reset()
 
@@ -68,18 +69,28 @@ class Chat:
         if not text:
             raise UserError(f"/{kind} needs a file: /{kind} FILE")
         content = content_with_pictures("", [self.picture(kind, _typed_path(text))])
-        (visual,) = self.lm.prepare([{"role": "user", "content": content}], **self.vision).visuals
+        (visual,) = self.lm.prepare([{"role": "user", "content": content}], **self.rendering).visuals
         return Picture(kind, visual)
 
     def _answer(self, line: str) -> None:
         """Adds a message and its answer, which is written as it comes; after an error neither."""
         asked, answer = {"role": "user", "content": content_with_pictures(line, self.pictures)}, ""
+        prompt = self.lm.prepare([*self.messages, asked], **self.rendering)
+        thinks = self.lm.tokenizer.decode(prompt.token_ids[-4:], skip_special_tokens=False).rstrip().endswith("<think>")
         with contextlib.suppress(KeyboardInterrupt):
-            for piece in self.lm.stream([[*self.messages, asked]], **self.options, **self.vision):
+            for piece in self.lm.stream([prompt], **self.options):
                 answer += piece.text
                 print(piece.text, end="", flush=True)
         print(flush=True)
-        self.messages += [asked, {"role": "assistant", "content": answer}]
+        self.messages += [asked, _message(answer, thinks)]
+
+
+def _message(answer: str, thinks: bool) -> dict[str, str]:
+    """The assistant's, of an answer that begins in a thought or not: one that is cut off in its thought has said nothing yet."""
+    if not thinks:
+        return {"role": "assistant", "content": answer}
+    thought, _, said = answer.partition("</think>")
+    return {"role": "assistant", "reasoning_content": thought.strip("\n"), "content": said.lstrip("\n")}
 
 
 def _typed_path(text: str) -> str:

@@ -28,7 +28,7 @@ from qwen35_jax.generate.sampling import LARGEST_SEED
 from qwen35_jax.ops.forms import KERNEL_CHOICES
 from qwen35_jax.ops.moe import MOE_CHOICES
 from qwen35_jax.sharding import together
-from qwen35_jax.text import SAMPLING_PRESETS, read_prompts
+from qwen35_jax.text import SAMPLING_PRESETS, FilePrompt, read_prompts
 from qwen35_jax.vision_io import Picture, VisionSettings, check_source, collect_pictures, is_folder
 
 USAGE = """
@@ -85,7 +85,9 @@ FPS = flags.DEFINE_float("fps", None, "frames of a video that are looked at, a s
 MAX_FRAMES = flags.DEFINE_integer("max_frames", None, "most frames of a video that are looked at; default: 768")
 FRAME_RATE = flags.DEFINE_float("frame_rate", None, "frames a second of a --video FOLDER; default: 24", lower_bound=0.001)
 REMOTE = flags.DEFINE_bool("allow_remote_media", False, "fetch https URLs of --image and --video: public hosts, no redirects")
-PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, 'one prompt a line, or .jsonl with {"prompt": …} or {"messages": […]}')
+PROMPTS_FILE = flags.DEFINE_string(
+    "prompts_file", None, 'one prompt a line, or .jsonl with {"prompt": …} or {"messages": […], "tools": […]}'
+)
 CHAT = flags.DEFINE_bool("chat", False, "talk: reads lines from the terminal until /exit; /image FILE shows one")
 SYSTEM = flags.DEFINE_string("system", None, "system message")
 RAW = flags.DEFINE_bool("raw", False, "prompts are text to continue: no chat template")
@@ -131,7 +133,7 @@ def main(arguments: list[str]) -> None:
         _run(prompts)
 
 
-def _run(prompts: list) -> None:
+def _run(prompts: list[FilePrompt]) -> None:
     with together():
         lm = load(
             _checkpoint() if CHECKPOINT.value is not None else MODEL.value or "tiny",
@@ -159,7 +161,7 @@ def _run(prompts: list) -> None:
     }
     with jax.profiler.trace(PROFILE.value) if PROFILE.value is not None else contextlib.nullcontext():
         if CHAT.value:
-            Chat(lm, SYSTEM.value, _picture, _vision(), options | {"enable_thinking": THINK.value}).run()
+            Chat(lm, SYSTEM.value, _picture, _rendering(), options).run()
         elif JSON.value:
             print_json(lm, prompts, options)
         else:
@@ -210,13 +212,13 @@ def _picture(kind: str, source: str) -> Picture:
     return Picture(kind, source, FRAME_RATE.value if folder else None)
 
 
-def _check_pictures(prompts: list[tuple[str, str | list]]) -> None:
+def _check_pictures(prompts: list[FilePrompt]) -> None:
     """Looks at the prompts' pictures, and at the flags about them, for what can be wrong before a model is loaded."""
     _check_numbers()
     if CHAT.value:
         return
     pictures = []
-    for where, prompt in prompts:
+    for where, prompt, _ in prompts:
         with _about(where):
             own = collect_pictures(prompt)[1]
             for picture in own:
@@ -245,6 +247,10 @@ def _check_numbers() -> None:
         VisionSettings().changed(**{name: value for name, value in given.items() if name != "max_pixels"})
 
 
+def _rendering() -> dict:
+    return {"enable_thinking": THINK.value, "preset": PRESET.value} | _vision()
+
+
 def _vision() -> dict:
     values = {"max_pixels": MAX_PIXELS.value, "fps": FPS.value, "max_frames": MAX_FRAMES.value}
     values["allow_remote_media"] = REMOTE.value or None
@@ -270,33 +276,33 @@ def _make_writable(directory: str) -> None:
         raise UserError(f"--profile {directory} cannot be written to: {error.strerror or error}") from error
 
 
-def _prompts() -> list[tuple[str, str | list]]:
-    """(place, prompt) of each prompt; a place is "" for what is on the command line. Text is put into a chat, but with --raw."""
-    placed: list = [("", text) for text in PROMPT.value]
+def _prompts() -> list[FilePrompt]:
+    """Those of the command line, and of the file. Text is put into a chat, but with --raw."""
+    placed = [FilePrompt("", text) for text in PROMPT.value]
     if any(not text.strip() for text in PROMPT.value):
         raise UserError("a prompt is empty: write something after --prompt")
     if PROMPTS_FILE.value is not None:
         placed += read_prompts(PROMPTS_FILE.value)
-    placed = placed or [("", DEFAULT_PROMPT_WITH_PICTURES if _pictures() else DEFAULT_PROMPT)]
+    placed = placed or [FilePrompt("", DEFAULT_PROMPT_WITH_PICTURES if _pictures() else DEFAULT_PROMPT)]
     if RAW.value:
-        for where, prompt in placed:
+        for where, prompt, _ in placed:
             if not isinstance(prompt, str):
                 raise UserError(f"{where} has messages, but --raw takes text")
         return placed
     system = [] if SYSTEM.value is None else [{"role": "system", "content": SYSTEM.value}]
-    return [(where, system + (_message(p) if isinstance(p, str) else p)) for where, p in placed]
+    return [each._replace(prompt=system + (_message(p) if isinstance(p := each.prompt, str) else p)) for each in placed]
 
 
 def _message(text: str) -> list[dict]:
     return [{"role": "user", "content": content_with_pictures(text, _pictures())}]
 
 
-def _prepare(lm: LanguageModel, prompts: list[tuple[str, str | list]]) -> list[Prepared]:
+def _prepare(lm: LanguageModel, prompts: list[FilePrompt]) -> list[Prepared]:
     """Token ids and patches; UserError names the place of a prompt that cannot be used."""
     ready = []
-    for where, prompt in prompts:
+    for where, prompt, tools in prompts:
         with _about(where):
-            ready.append(lm.prepare(prompt, enable_thinking=THINK.value, preset=PRESET.value, **_vision()))
+            ready.append(lm.prepare(prompt, tools=tools, **_rendering()))
     return ready
 
 
@@ -312,9 +318,9 @@ def _about(where: str) -> Iterator[None]:
 def print_json(lm: LanguageModel, prompts: list, options: dict) -> None:
     """One JSON object a line, in the order of the prompts."""
     completions = lm.generate(_prepare(lm, prompts), **options)
-    for (_, prompt), done in zip(prompts, completions, strict=True):
+    for each, done in zip(prompts, completions, strict=True):
         record = {
-            "prompt": prompt,
+            "prompt": each.prompt,
             "text": done.text,
             "finish_reason": done.finish_reason,
             "prompt_tokens": len(done.prompt_token_ids),
@@ -338,7 +344,7 @@ def print_streams(lm: LanguageModel, prompts: list, options: dict) -> None:
                 _write(waiting[current] + "\n")
             current += 1
             if current < len(prompts) and len(prompts) > 1:
-                _write(f"--- {current + 1} of {len(prompts)}: {_title(prompts[current][1])}\n")
+                _write(f"--- {current + 1} of {len(prompts)}: {_title(prompts[current].prompt)}\n")
         if current < len(prompts):
             _write(waiting[current])
             waiting[current] = ""

@@ -125,9 +125,15 @@ class LanguageModel:
         if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer) or 0 in tokens.shape:
             raise UserError(f"token_ids must be whole numbers of shape [B, T], not {tokens.dtype} {list(tokens.shape)}")
         self._check_ids(tokens)
-        segments = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
+        try:
+            segments = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
+        except ValueError as error:
+            raise UserError("segment_ids must be [B, T]: rows of one length") from error
         if segments.shape != tokens.shape:
             raise UserError(f"segment_ids {list(segments.shape)} and token_ids {list(tokens.shape)} must have one shape")
+        if not np.issubdtype(segments.dtype, np.integer) and segments.dtype != bool:
+            raise UserError(f"segment_ids must be whole numbers, not {segments.dtype}")
+        segments = segments.astype(np.int64)
         real = np.where(segments > 0, segments, np.iinfo(segments.dtype).max)
         if segments.min() < 0 or (np.diff(real, axis=1) < 0).any():
             raise UserError("segment_ids must not fall along a row; 0 marks the padding at its end")
@@ -279,7 +285,8 @@ class LanguageModel:
     def sampling(self, preset: str | None = None, **overrides) -> SamplingParams:
         """Sampling parameters: the checkpoint's defaults, then the preset's, then `overrides` that are not None.
 
-        Where the checkpoint's default is greedy it stays so unless a temperature, or top_k, top_p or min_p, asks for drawing.
+        Where the checkpoint's default is greedy it stays so unless a temperature, or a top_k, top_p or min_p that is not off,
+        asks for drawing.
         """
         names = [f.name for f in dataclasses.fields(SamplingParams) if f.name != "seed"]
         unknown = set(overrides) - set(names)
@@ -287,7 +294,8 @@ class LanguageModel:
             raise TypeError(f"unknown options {sorted(unknown)}; sampling options are {names}")
         base = self.defaults if preset is None else sampling_preset(preset)
         values = {name: getattr(base, name) for name in names}
-        draws = any(overrides.get(name) is not None for name in ("top_k", "top_p", "min_p"))
+        off = {"top_k": 0, "top_p": 1, "min_p": 0}
+        draws = any(overrides.get(name) not in (None, value) for name, value in off.items())
         if preset is None and not self.defaults.do_sample and not draws:
             values["temperature"] = 0.0
         return SamplingParams(**(values | {k: v for k, v in overrides.items() if v is not None}))

@@ -79,6 +79,8 @@ def load(
     begin = time.perf_counter()
     use_compilation_cache()
     name = os.fspath(path_or_id_or_preset)
+    if name in PRESETS and not isinstance(path_or_id_or_preset, str):  # pathlib makes `tiny` of `./tiny`
+        name = os.path.join(".", name)
     if not name:
         raise UserError("no model is named: give a directory, a hub id or a preset")
     if name in PRESETS and revision is not None:
@@ -106,10 +108,11 @@ def load(
     if keep_fp8 and not random_weights and not config.quantized_source:
         raise UserError(f"keep_fp8: {name} holds no FP8 weights")
     thinking = bool(config.num_experts) or config.hidden_size > 2048  # 0.8B and 2B answer without thinking by default
+    tokenizer = Tokenizer.from_directory(directory)
     text = (
-        Tokenizer.from_directory(directory),
+        tokenizer,
         ChatTemplate.from_directory(directory, thinking_by_default=thinking),
-        _generation_config(directory),
+        _generation_config(directory, {} if source is None else source.config, tokenizer),
     )
     stored = None if random_weights else source
     forms = resolve_forms(sharding.mesh, config, kernels, moe, context_parallel=context_parallel)
@@ -144,8 +147,14 @@ def _vision(model: Model, source: TensorSource | None, directory: epath.PathLike
     return Vision(VisionEncoder(tower, parameters), lambda: VisionSettings.from_directory(directory, config.vision))
 
 
-def _generation_config(directory: epath.PathLike) -> GenerationConfig:
+def _generation_config(directory: epath.PathLike, config: dict, tokenizer: Tokenizer | None) -> GenerationConfig:
+    """Some published sizes have no generation_config.json: there an answer ends where the model and its chats do."""
     defaults = read_generation_config(directory)
+    if not defaults.eos_token_ids:
+        found = (config.get("text_config") or config).get("eos_token_id"), tokenizer and tokenizer.eos_token_id
+        ids = [i for each in found for i in (each if isinstance(each, list) else [each])]
+        ends = dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
+        defaults = dataclasses.replace(defaults, eos_token_ids=tuple(ends))
     count = len(defaults.eos_token_ids)
     if count > MAX_END_TOKENS:
         path = epath.Path(directory) / "generation_config.json"

@@ -10,13 +10,14 @@ from qwen35_jax.text.generation_config import (
     sampling_preset,
 )
 from qwen35_jax.text.messages import normalise_messages, normalise_tools
-from qwen35_jax.text.prompts import read_prompts
+from qwen35_jax.text.prompts import FilePrompt, read_prompts
 from qwen35_jax.text.streaming import StopStrings, StreamDecoder
 from qwen35_jax.text.tokenizer import Tokenizer
 
 __all__ = [
     "SAMPLING_PRESETS",
     "ChatTemplate",
+    "FilePrompt",
     "GenerationConfig",
     "SamplingPreset",
     "StopStrings",

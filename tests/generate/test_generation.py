@@ -155,6 +155,7 @@ def test_greedy_defaults_give_way_to_what_only_drawing_uses(tiny, monkeypatch):
     assert tiny.sampling(temperature=0.3).temperature == 0.3
     for option in ({"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}):
         assert tiny.sampling(**option).temperature == 0.6
+    assert tiny.sampling(top_k=0, top_p=1.0, min_p=0.0).temperature == 0.0  # all of them off
 
 
 @pytest.mark.parametrize(
@@ -207,7 +208,9 @@ def test_logits_refuse_what_are_no_token_ids(tiny, wrong):
         tiny.logits(wrong)
 
 
-@pytest.mark.parametrize("wrong", [[[2, 1, 0]], [[1, 0, 1]], [[-1, 1, 1]], [[1, 1]]])
+@pytest.mark.parametrize(
+    "wrong", [[[2, 1, 0]], [[1, 0, 1]], [[-1, 1, 1]], [[1, 1]], [[1.0, 1.0, 1.0]], [[1], [1, 1]], np.uint8([[2, 1, 1]])]
+)
 def test_logits_refuse_what_are_no_segments(tiny, wrong):
     with pytest.raises(UserError, match="segment_ids"):
         tiny.logits([[1, 2, 3]], segment_ids=wrong)

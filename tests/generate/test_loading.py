@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import qwen35_jax
 from qwen35_jax import UserError
 from qwen35_jax.model import Model
+from qwen35_jax.text import Tokenizer
 from qwen35_jax.vision_io import VisionSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
@@ -22,6 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "dense"
         ("", {}, "no model is named"),
         ("tiny", {"revision": "main"}, r"tiny is a preset; a directory of that name is \./tiny"),
         ("./tiny", {}, "no such directory: ./tiny"),
+        (Path("./tiny"), {}, "no such directory: ./tiny"),  # which pathlib writes as "tiny"
         ("tiny", {"seed": 10**23, "random_weights": True}, "seed is 1"),
         ("tiny", {"seed": -1}, "seed is -1"),
     ],
@@ -43,6 +46,27 @@ def test_end_tokens_are_counted(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(9))}))
     with pytest.raises(UserError, match="generation_config.json: eos_token_id names 9 end tokens; at most 8"):
         qwen35_jax.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("written", "ends"),
+    [
+        (None, (11, 7)),  # the model's, and the one behind a chat's turns
+        ({"do_sample": True}, (11, 7)),
+        ({"eos_token_id": [3, 4]}, (3, 4)),
+    ],
+)
+def test_end_tokens_without_generation_config(tmp_path, monkeypatch, written, ends):
+    """Some published sizes have no such file: without an end, a chat's answer would go on as the user."""
+    monkeypatch.setattr(Tokenizer, "from_directory", lambda _: SimpleNamespace(eos_token_id=7, vocab_size=64))
+    shutil.copytree(GOLDEN, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "generation_config.json").unlink(missing_ok=True)
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(written))
+    config = json.loads((tmp_path / "config.json").read_text())
+    (config["text_config"] if "text_config" in config else config)["eos_token_id"] = 11
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert qwen35_jax.load(str(tmp_path)).defaults.eos_token_ids == ends
 
 
 def test_names_are_imported_when_they_are_used():

@@ -13,7 +13,7 @@ CHAT = [{"role": "user", "content": "Hi"}]
 def read(tmp_path, content, name="x.jsonl"):
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return [(where.removeprefix(str(path)), prompt) for where, prompt in read_prompts(path)]
+    return [(where.removeprefix(str(path)), prompt) for where, prompt, tools in read_prompts(path) if not tools]
 
 
 def test_lines_of_text(tmp_path):
@@ -26,6 +26,13 @@ def test_json_lines(tmp_path):
     lines = [{"prompt": "a\u2028b\x85c", "id": 7}, None, {"messages": CHAT}]
     text = "\n".join(json.dumps(line, ensure_ascii=False) if line else "" for line in lines)
     assert read(tmp_path, "\ufeff" + text + "\r\n") == [(" line 1", "a\u2028b\x85c"), (" line 3", CHAT)]
+
+
+def test_tools_of_a_chat(tmp_path):
+    tools = [{"type": "function", "function": {"name": "calculator", "parameters": {}}}]
+    path = tmp_path / "x.jsonl"
+    path.write_text(json.dumps({"messages": CHAT, "tools": tools}) + "\n" + json.dumps({"messages": CHAT, "tools": None}))
+    assert [(each.prompt, each.tools) for each in read_prompts(path)] == [(CHAT, tools), (CHAT, None)]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +48,8 @@ def test_json_lines(tmp_path):
         ('{"prompt": null}', '"prompt" is a NoneType'),
         ('{"prompt": " "}', "the prompt is empty"),
         ('{"messages": []}', "at least one message"),
+        ('{"messages": [{"role": "user", "content": "Hi"}], "tools": {"name": "f"}}', '"tools" must be a list of objects'),
+        ('{"prompt": "x", "tools": [{}]}', '"tools" go with "messages"'),
         ('{"messages": [null]}', r"messages\[0\] must be an object"),
         ('{"messages": [1, 2, 3]}', r"messages\[0\] must be an object"),
         ('{"messages": "Hi"}', "a chat is a list of messages"),
