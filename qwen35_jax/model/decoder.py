@@ -63,7 +63,7 @@ class Model:
     lm_head where not tied, mtp where the configuration has it.
 
     fully_sharded: parameters are cut over the data axes as well, and gathered where they are used, a unit at a time. For
-    inference of what does not fit otherwise; training keeps its own (`train/weights.py`).
+    inference of what does not fit otherwise; training has its own (`train/weights.py`), but draws random weights so.
     """
 
     config: ModelConfig

@@ -74,6 +74,12 @@ def scatter(tree: Any, sharding: Sharding, whole: int) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def without_units(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A stacked abstract parameter as one unit has it."""
+    place = NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec(*x.sharding.spec[1:]))
+    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype, sharding=place)
+
+
 def gather(params: dict, wanted: dict, sharding: Sharding) -> dict:
     """The inverse, of arrays inside a compiled step: laid out as the abstract `wanted`."""
     kept = scatter(wanted, sharding, 0)

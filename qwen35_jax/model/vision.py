@@ -216,14 +216,17 @@ class VisionModel:
         depth = self.config.vision.depth
         return {name: P.abstract(part, self.sharding, depth if name == "blocks" else None) for name, part in tree.items()}
 
-    def init_params(self, seed: int = 0) -> dict:
-        """Random parameters, made on their devices; the numbers depend on `seed` alone."""
-        tree, scale = self.declarations(), self.config.initializer_range
-        blocks = tree.pop("blocks")
-        places = P.abstract(blocks, self.sharding)
-        trees = tuple(P.initialise(blocks, places, seed, scale, b) for b in range(self.config.vision.depth))
-        stacked = P.stack(trees, P.abstract(blocks, self.sharding, self.config.vision.depth))
-        return P.initialise(tree, P.abstract(tree, self.sharding), seed, scale) | {"blocks": stacked}
+    def init_params(self, seed: int = 0, places: dict | None = None) -> dict:
+        """Random parameters, made on their devices; the numbers depend on `seed` alone.
+
+        places: where they are to lie, in the structure of `abstract_params`, which is where they lie by default.
+        """
+        tree, scale, places = self.declarations(), self.config.initializer_range, places or self.abstract_params()
+        blocks, stacked = tree.pop("blocks"), places["blocks"]
+        block = jax.tree.map(P.without_units, stacked)
+        trees = tuple(P.initialise(blocks, block, seed, scale, b) for b in range(self.config.vision.depth))
+        params = P.initialise(tree, {name: places[name] for name in tree}, seed, scale)
+        return params | {"blocks": P.stack(trees, stacked)}
 
     def __call__(
         self,

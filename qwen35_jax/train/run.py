@@ -225,13 +225,11 @@ def initial_state(run: Run) -> dict:
     params = _stored(run, kept)
     master, seed = run.model.config.replace(dtype="float32"), run.config.seed
     drawn = {}
-    if not params:
-        drawn = Model(master, run.model.sharding, run.model.forms).init_params(seed, stacked=True)
+    if not params:  # each device gets only what it keeps of them
+        drawn = Model(master, run.model.sharding, run.model.forms, fully_sharded=True).init_params(seed, stacked=True)
     if run.draws_tower:
-        drawn["vision"] = VisionModel(master, run.tower.sharding, run.tower.forms).init_params(seed)
-    if drawn:
-        places = _shardings({name: kept[name] for name in drawn})
-        params = params | jax.jit(lambda x: x, out_shardings=places)(drawn)
+        drawn["vision"] = VisionModel(master, run.tower.sharding, run.tower.forms).init_params(seed, kept["vision"])
+    params = params | drawn
     if run.config.lora.rank:
         axes = logical_axes(run.model, run.tower)
         trained, frozen = init_lora(run.config.seed, kept, axes, run.config.lora), params
