@@ -221,35 +221,41 @@ def _abstract_state(sharding: Sharding, optimizer, trained: dict, frozen: dict) 
 
 def initial_state(run: Run) -> dict:
     """The train state before the first step: weights read from the origin or drawn, on the devices that hold them."""
-    kept = kept_params(run.model, run.tower)
-    params = _stored(run, kept)
-    master, seed = run.model.config.replace(dtype="float32"), run.config.seed
-    drawn = {}
-    if not params:  # each device gets only what it keeps of them
-        drawn = Model(master, run.model.sharding, run.model.forms, fully_sharded=True).init_params(seed, stacked=True)
-    if run.draws_tower:
-        drawn["vision"] = VisionModel(master, run.tower.sharding, run.tower.forms).init_params(seed, kept["vision"])
-    params = params | drawn
-    if run.config.lora.rank:
+    lora, wanted = run.config.lora.rank, run.state["frozen"]
+    wanted = wanted if lora else join(run.state["params"], wanted)
+    params = _stored(run, wanted)
+    params |= _drawn(run, {name: tree for name, tree in wanted.items() if name not in params})
+    if lora:
         axes = logical_axes(run.model, run.tower)
-        trained, frozen = init_lora(run.config.seed, kept, axes, run.config.lora), params
+        trained, frozen = init_lora(run.config.seed, kept_params(run.model, run.tower), axes, run.config.lora), params
     else:
         trained, frozen = split(params, frozen_paths(run.config, run.model.config))
-    frozen = jax.tree.map(lambda x, like: x.astype(like.dtype), frozen, run.state["frozen"])
     opt = jax.jit(run.optimizer.init, out_shardings=_shardings(run.state["opt"]))(trained)
     counters = {n: jax.device_put(jnp.int32(0), run.state[n].sharding) for n in ("step", "skipped", "skipped_in_a_row")}
     return {"params": trained, "frozen": frozen, "opt": opt} | counters
 
 
-def _stored(run: Run, kept: dict) -> dict:
-    """What the origin's checkpoint holds of the parameters: nothing, those of text, or all."""
+def _stored(run: Run, wanted: dict) -> dict:
+    """What the origin's checkpoint holds of the parameters: nothing, those of text, or all. Frozen ones are never there in
+    float32: they are read in the dtype that `wanted` has for them."""
     source, config, progress = run.origin.source, run.origin.config, jax.process_index() == 0
     if source is None:
         return {}
-    params = load_params(source, config, {n: tree for n, tree in kept.items() if n != "vision"}, progress=progress)
+    params = load_params(source, config, {n: tree for n, tree in wanted.items() if n != "vision"}, progress=progress)
     if run.tower and not run.draws_tower:
-        params["vision"] = load_vision_params(source, config, kept["vision"], progress=progress)
+        params["vision"] = load_vision_params(source, config, wanted["vision"], progress=progress)
     return params
+
+
+def _drawn(run: Run, wanted: dict) -> dict:
+    """Random parameters in place of those that the checkpoint lacks: of the tower, of all, or none."""
+    master, seed = run.model.config.replace(dtype="float32"), run.config.seed
+    params = {}
+    if "units" in wanted:  # each device gets only what it keeps of them
+        params = Model(master, run.model.sharding, run.model.forms, fully_sharded=True).init_params(seed, stacked=True)
+    if "vision" in wanted:
+        params["vision"] = VisionModel(master, run.tower.sharding, run.tower.forms).init_params(seed, wanted["vision"])
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), params, wanted)
 
 
 def _shardings(tree: Any) -> Any:
