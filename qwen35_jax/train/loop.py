@@ -48,7 +48,8 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
         profile_dir: for a jax.profiler trace of three steps, the fourth to the sixth of this process.
 
     Returns the last metrics. Raises UserError for wrong input, and where too many steps in a row had no finite loss or
-    gradient; Interrupted after SIGTERM or SIGINT. In both cases the last checkpoint stands.
+    gradient; Interrupted after SIGTERM or SIGINT. The last checkpoint stands; one more is written before Interrupted, and before
+    the UserError of a bad line where there is one host.
     """
     with together():
         check_config(config)
@@ -111,6 +112,7 @@ class _Loop:
         self.state: dict[str, Any] = {}
         self.step = 0
         self.evaluated: int | None = None  # the step of the last evaluation
+        self.meter = _Meter(run)
         self.metrics: dict[str, float] = {}
 
     def begin(self) -> None:
@@ -148,7 +150,7 @@ class _Loop:
         eval_step = self._compiled(self.run.eval_step) if self.evaluation else None
         every = config.fp8.monitor_every
         monitor = self._compiled(self.run.monitor_step) if every else None
-        meter, previous = _Meter(self.run), None
+        self.meter, previous = _Meter(self.run), None  # its clock begins behind compilation
         with _profiler(profile_dir) as profile:
             while self.step < last and not self.stop.came():
                 batch = self._next_batch(config.accumulate)
@@ -159,23 +161,23 @@ class _Loop:
                     self._record_fp8(monitor, batch)
                 self.state, metrics = train_step(self.state, batch)
                 self.step += 1
+                self.meter.add(metrics)
                 self._check_finite(previous)  # of the step before: its numbers are there already
                 previous = metrics
-                meter.add(metrics)
                 due = self.checkpoints.should_save(self.step)
                 # Beside a checkpoint too: it holds these numbers, and a run that goes on from it begins to count here.
                 if self.step % config.log_every == 0 or self.step == last or due:
-                    self._log(meter.take())
-                with meter.paused():
+                    self._log()
+                with self.meter.paused():
                     self._after_step(eval_step, due, self.step == last)
         self._check_finite(previous)
         self._stop_if_told()
         if self.step < last:
             self._say(f"the data ended after {config.data.epochs} epochs, at step {self.step} of {last}")
-            if meter.steps:
-                self._log(meter.take())
+            self._log()
             if previous is not None:  # else it had ended when this process began
                 self._after_step(eval_step, due=False, last=True)
+            self._stop_if_told()
         self.checkpoints.wait()
         return self.metrics
 
@@ -185,12 +187,15 @@ class _Loop:
         wanted = last or (every and self.step % every == 0) or (due and config.checkpoint.keep_best)
         try:
             if eval_step and wanted and self.evaluated != self.step:
-                self._log_evaluation(self._evaluate(eval_step))
+                with self._saved_if_bad():
+                    self._log_evaluation(self._evaluate(eval_step))
         finally:
             if due or last:
                 self._save()
 
     def _log_evaluation(self, found: dict[str, float]) -> None:
+        if not found:
+            return
         self.evaluated = self.step
         self.metrics |= found
         self.writer.write(self.step, found)
@@ -198,19 +203,35 @@ class _Loop:
 
     def _stop_if_told(self) -> None:
         if number := self.stop.number():
+            self._log()
             self._save()
             self.checkpoints.wait()
             raise Interrupted(number, self.step)
 
-    def _save(self) -> None:
+    def _save(self, position: dict | None = None) -> None:
+        """A checkpoint, of the data's present position unless another one is given."""
         # An evaluation of other weights says nothing of these: keep_best would keep the wrong ones.
         metrics = {n: x for n, x in self.metrics.items() if self.evaluated == self.step or not n.startswith("eval/")}
-        if self.checkpoints.save(self.step, self.state, self.data.get_state(), metrics, force=True):
+        if self.checkpoints.save(self.step, self.state, position or self.data.get_state(), metrics, force=True):
             self._say(f"step {self.step}  checkpoint")
 
     def _next_batch(self, parts: int) -> dict | None:
-        batch = next(self.data, None)
+        with self._saved_if_bad():
+            batch = next(self.data, None)
         return None if batch is None else self._placed(batch, parts)
+
+    @contextlib.contextmanager
+    def _saved_if_bad(self) -> Iterator[None]:
+        """Where what is inside meets a bad line, the steps until then are saved, at the position that the data have before it."""
+        position = self.data.get_state()
+        try:
+            yield
+        except UserError:
+            if self.step and jax.process_count() == 1:  # hosts save together, but a line may be bad in the files of one
+                self._log()
+                self._save(position)
+                self.checkpoints.wait()
+            raise
 
     def _placed(self, batch: dict[str, np.ndarray], parts: int = 1) -> dict[str, jax.Array]:
         """The batch on the devices: every process has all of it and gives its own devices their rows."""
@@ -222,10 +243,13 @@ class _Loop:
         return {name: put(batch[name], like) for name, like in self.run.batch(parts).items()}
 
     def _evaluate(self, eval_step: Callable) -> dict[str, float]:
-        """The losses over all of the evaluation data."""
+        """The losses over all of the evaluation data; {} where the run is told to stop meanwhile."""
         self.evaluation.set_state(self.first_evaluation)
         totals: dict[str, float] = {}
         for batch in self.evaluation:
+            if self.stop.came():
+                self._say(f"step {self.step}  evaluation left unfinished")
+                return {}
             sums = eval_step(self.state["params"], self.state["frozen"], self._placed(batch))
             for name, value in jax.device_get(sums).items():
                 totals[name] = totals.get(name, 0.0) + float(value)
@@ -246,13 +270,17 @@ class _Loop:
     def _check_finite(self, metrics: dict | None) -> None:
         if metrics is None or float(metrics["skipped_in_a_row"]) < self.config.stop_after_skipped:
             return
+        self._log()
         count, saved = int(metrics["skipped_in_a_row"]), self.checkpoints.latest
         where = f"the last good checkpoint is of step {saved}" if saved is not None else "there is no checkpoint yet"
         advice = "lower the learning rate or look at the data"
         raise UserError(f"{count} steps in a row had no finite loss or gradient, and changed nothing; {where}: {advice}")
 
-    def _log(self, metrics: dict[str, float]) -> None:
-        metrics |= {"data/bad_lines": self.data.bad_lines, "data/truncated": self.data.truncated}
+    def _log(self) -> None:
+        """The metrics of the steps since the last log line, where there are some."""
+        if not self.meter.steps:
+            return
+        metrics = self.meter.take() | {"data/bad_lines": self.data.bad_lines, "data/truncated": self.data.truncated}
         self.metrics |= metrics
         self.writer.write(self.step, metrics)
         self.writer.report(self.step, self.config.steps, metrics)

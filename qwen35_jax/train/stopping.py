@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 class StopSignal:
     """Takes the two signals while it is open (a context manager). A second one ends the process at once.
 
-    All processes make it on the same mesh, and call `came` and `number` at the same steps.
+    All processes make it on the same mesh, and call `came` and `number` at the same points of the run.
     """
 
     def __init__(self, mesh: Mesh):
@@ -33,7 +33,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def came(self) -> bool:
-        """Whether to stop. Several hosts learn it a step later, so that no step waits for the exchange."""
+        """Whether to stop. Several hosts learn it a call later, so that no step waits for the exchange. Once true it stays so."""
         if self._alone:
             return self._told > 0
         before, self._asked = self._asked, self._ask()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,17 @@ import pytest
 
 from qwen35_jax.checkpoint import open_source
 from qwen35_jax.errors import UserError
-from qwen35_jax.train.loop import export, train
+from qwen35_jax.train.data import TrainData
+from qwen35_jax.train.loop import Interrupted, export, train
 from tests.train.conftest import small_config
 
 
 def lines(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_metrics(workdir: Path, step: int) -> dict:
+    return json.loads((workdir / "checkpoints" / str(step) / "metrics" / "metrics").read_text())
 
 
 def tensors(directory: Path) -> dict[str, np.ndarray]:
@@ -65,6 +71,47 @@ def test_bad_lines_of_the_evaluation_lose_no_step(chats, tmp_path):
     evaluation.write_text(chats.read_text())
     train(config, str(tmp_path / "run"), export_dir=str(tmp_path / "hf"))  # nothing is left to do but to export
     assert (tmp_path / "hf" / "model.safetensors").is_file()
+
+
+def test_told_to_stop_while_it_evaluates(chats, tmp_path, monkeypatch):
+    """The evaluation is left at its next batch; steps behind the last log line are in the metrics, and in the checkpoint."""
+    drawn, draw = [], TrainData.__next__
+
+    def told(data: TrainData) -> dict:
+        if data.get_state()["shuffle_seed"] is None:  # the evaluation's
+            drawn.append(len(drawn))
+            if len(drawn) == 1:
+                signal.raise_signal(signal.SIGTERM)
+        return draw(data)
+
+    monkeypatch.setattr(TrainData, "__next__", told)
+    data = {"data__train": (str(chats),), "data__eval": (str(chats),), "data__bad_lines": "skip"}
+    config = small_config(**data, loss__mtp=0.0, steps=4, eval_every=2, log_every=100)
+    with pytest.raises(Interrupted, match="SIGTERM after step 2"):
+        train(config, str(tmp_path / "run"))
+    assert drawn == [0]
+    (line,) = lines(tmp_path / "run")
+    assert line["step"] == 2 and line["loss"] > 0
+    assert saved_metrics(tmp_path / "run", 2)["loss"] == line["loss"]
+
+
+BAD = 11  # of the lines one that the first batches do not read
+
+
+@pytest.mark.slow
+def test_a_bad_line_costs_no_step(chats, tmp_path):
+    """What was trained before it is saved and logged; once it is right, the run ends as one that never met it."""
+    good = chats.read_text()
+    config = small_config(data__train=(str(chats),), loss__mtp=0.0, steps=4, log_every=100)
+    train(config, str(tmp_path / "whole"), export_dir=str(tmp_path / "whole_hf"))
+    chats.write_text("".join("{\n" if i == BAD else line for i, line in enumerate(good.splitlines(keepends=True))))
+    with pytest.raises(UserError, match=f"chats.jsonl:{BAD + 1}: the line is not valid JSON"):
+        train(config, str(tmp_path / "cut"))
+    (line,) = lines(tmp_path / "cut")
+    assert 0 < line["step"] < 4 and saved_metrics(tmp_path / "cut", line["step"])["loss"] == line["loss"]
+    chats.write_text(good)
+    train(config, str(tmp_path / "cut"), export_dir=str(tmp_path / "cut_hf"))
+    assert_same(tmp_path / "cut_hf", tmp_path / "whole_hf")
 
 
 @pytest.mark.slow
