@@ -274,6 +274,15 @@ def test_a_huge_line_is_not_read_whole(tmp_path, monkeypatch):
     assert parse_line(found[1]) == {"text": "short"}
 
 
+@pytest.mark.parametrize("blank", [b" ", b"\v", b"\f\v", b" \r"])
+def test_blank_lines_are_no_part_of_the_line_before(tmp_path, blank):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' + blank + b'\n{"text": "b"}\n' + blank)
+    found = JsonLines([str(path)])
+    assert [found[i].text for i in range(len(found))] == [b'{"text": "a"}', b'{"text": "b"}']
+    assert found[1].where == f"{path}:3"
+
+
 def test_a_byte_order_mark_and_dos_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}\r\n')

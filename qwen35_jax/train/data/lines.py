@@ -88,9 +88,9 @@ class _File:
 
     def line(self, index: int) -> Line:
         start = int(self.starts[index])
-        # Blank lines between this line and the next come along; they are no part of the JSON.
         end = int(self.starts[index + 1]) if index + 1 < len(self.starts) else self.size
         text = self._read(start, min(end - start, MAX_LINE_BYTES + 1))
+        text = text.partition(b"\n")[0]  # blank lines before the next one came along
         return Line(f"{self.path}:{self.numbers[index]}", text, os.path.dirname(self.path))
 
     def _read(self, start: int, count: int) -> bytes:
