@@ -82,9 +82,10 @@ def default_config() -> ConfigDict:
 
     c.fp8 = ConfigDict()
     c.fp8.enabled = False  # block-scaled FP8 products in the layers that FP8 checkpoints quantise
-    # Regular expressions of paths that stay in `dtype`. A path names a place in the unit of layers, and is of all units.
+    # Regular expressions of paths that stay in `dtype`. A path such as units/layers/0/mixer/q names a position in the unit of
+    # layers: it is held in every unit, and cannot be in one alone.
     c.fp8.hold = ()
-    c.fp8.monitor_every = 0  # steps between records of each path's quantisation error, the largest over units; 0: never
+    c.fp8.monitor_every = 0  # steps between records of each layer's quantisation errors, of every unit's; 0: never
 
     c.eval_every = 0  # steps; 0: only at the end
     c.log_every = 10  # steps; and beside every checkpoint

@@ -53,6 +53,16 @@ class Fp8Layers:
         return result
 
 
+def scalars(report: dict) -> dict[str, float]:
+    """{"fp8/units/3/layers/0/mixer/q/product_error": number, …}, each unit's apart, from what `Fp8Layers.report` gives."""
+    result = {}
+    for path, row in report.items():
+        for name, x in row.items():
+            units = {path.replace("units/", f"units/{u}/", 1): value for u, value in enumerate(x)} if x.ndim else {path: x}
+            result |= {f"fp8/{place}/{name}": float(value) for place, value in units.items()}
+    return result
+
+
 def _model_axis(axes: str) -> int:
     """The axis of D, counted from the end: each of these weights has one, and no mesh cuts it."""
     letters = axes.split()

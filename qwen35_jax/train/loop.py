@@ -23,6 +23,7 @@ from qwen35_jax.sharding import together
 from qwen35_jax.train.checkpoints import Checkpoints
 from qwen35_jax.train.config import check_config
 from qwen35_jax.train.data import TrainData, make_data
+from qwen35_jax.train.fp8 import scalars
 from qwen35_jax.train.metrics import MetricsWriter, device_memory, flops_per_token, mfu
 from qwen35_jax.train.run import Run, find_origin, initial_state, make_run
 from qwen35_jax.train.stopping import StopSignal
@@ -261,11 +262,9 @@ class _Loop:
         return result
 
     def _record_fp8(self, monitor: Callable, batch: dict) -> None:
-        """Each layer's quantisation errors in the step that comes: the largest over its units to the metrics."""
+        """Each layer's quantisation errors in the step that comes, to the metrics."""
         found = jax.device_get(monitor(self.state["params"], self.state["frozen"], batch))
-        self.writer.write(
-            self.step + 1, {f"fp8/{path}/{name}": float(np.max(x)) for path, row in found.items() for name, x in row.items()}
-        )
+        self.writer.write(self.step + 1, scalars(found))
 
     def _check_finite(self, metrics: dict | None) -> None:
         if metrics is None or float(metrics["skipped_in_a_row"]) < self.config.stop_after_skipped:

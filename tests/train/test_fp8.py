@@ -16,7 +16,7 @@ from qwen35_jax.model import Model
 from qwen35_jax.ops.fp8 import Fp8Operand
 from qwen35_jax.ops.fp8.reference import round_reference
 from qwen35_jax.sharding import Sharding, make_mesh
-from qwen35_jax.train.fp8 import fp8_layers
+from qwen35_jax.train.fp8 import fp8_layers, scalars
 from qwen35_jax.train.partition import flatten
 
 LINEAR = {f"units/layers/0/mixer/{name}" for name in ("q", "k", "v", "z", "out")}
@@ -110,3 +110,16 @@ def test_monitor():
     w = np.asarray(params["units/layers/1/mixer/out"][0]).reshape(-1, 128)
     error = np.linalg.norm(round_reference(w, (0, 1)) - w) / np.linalg.norm(w)
     assert abs(float(report["units/layers/1/mixer/out"]["weight_error"][0]) - error) < 1e-4
+    assert scalars(report)["fp8/units/0/layers/1/mixer/out/weight_error"] == report["units/layers/1/mixer/out"]["weight_error"][0]
+
+
+def test_the_monitor_writes_each_unit_apart():
+    report = {
+        "units/layers/1/mixer/q": {"weight_error": np.array([0.25, 0.5])},
+        "mtp/layer/mlp/up": {"weight_error": np.array(0.125)},
+    }
+    assert scalars(report) == {
+        "fp8/units/0/layers/1/mixer/q/weight_error": 0.25,
+        "fp8/units/1/layers/1/mixer/q/weight_error": 0.5,
+        "fp8/mtp/layer/mlp/up/weight_error": 0.125,
+    }

@@ -13,7 +13,7 @@ from qwen35_jax.checkpoint import open_source
 from qwen35_jax.errors import UserError
 from qwen35_jax.train.data import TrainData
 from qwen35_jax.train.loop import Interrupted, export, train
-from tests.train.conftest import small_config
+from tests.train.conftest import SMALL, small_config
 
 
 def lines(workdir: Path) -> list[dict]:
@@ -118,6 +118,7 @@ def test_a_bad_line_costs_no_step(chats, tmp_path):
 def test_in_fp8_with_a_record_of_each_layer(chats, tmp_path):
     """Stopped and gone on with, it is bitwise the run that was not, and each record is there once."""
     changes = {"data__train": (str(chats),), "fp8__enabled": True, "fp8__monitor_every": 2, "log_every": 1, "loss__mtp": 0.0}
+    changes |= {"model__changes": SMALL | {"num_hidden_layers": 4}}  # two units
     for name, steps in (("whole", (4,)), ("cut", (2, 4))):
         for number in steps:
             config = small_config(**changes, steps=number, optimizer__schedule="constant")
@@ -129,6 +130,7 @@ def test_in_fp8_with_a_record_of_each_layer(chats, tmp_path):
     assert whole == cut
     records = [line for line in whole if any(name.startswith("fp8/") for name in line)]
     assert [line["step"] for line in records] == [1, 3]
-    assert any(name.endswith("mixer/out/product_error") for name in records[0])
+    for layer in ("units/0/layers/1/mixer/out", "units/1/layers/1/mixer/out"):
+        assert 0 < records[0][f"fp8/{layer}/product_error"] < 0.1
     losses = [line["loss"] for line in whole if "loss" in line]
     assert losses[-1] < losses[0]
