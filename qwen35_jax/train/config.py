@@ -141,6 +141,8 @@ def check_config(c: ConfigDict) -> None:
         raise UserError("config.data.train names no files: give JSONL files, such as --config.data.train='(\"mine.jsonl\",)'")
     if c.model.changes and not c.model.random_weights:
         raise UserError("config.model.changes makes another model, which has no stored weights: set config.model.random_weights")
+    if c.eval_every and not c.data.eval:
+        raise UserError("config.eval_every asks for evaluations: name files in config.data.eval")
     if c.checkpoint.keep_best and not c.data.eval and c.checkpoint.best_metric.startswith("eval/"):
         raise UserError("config.checkpoint.keep_best compares evaluations: name files in config.data.eval")
     for field in ("hold", "monitor_every"):
@@ -150,6 +152,21 @@ def check_config(c: ConfigDict) -> None:
         raise UserError("config.lora trains nothing but its own matrices: it goes with neither freeze nor fp8.enabled")
     if c.lora != default_config().lora and not c.lora.rank:
         raise UserError("config.lora changes nothing without a rank, and all of the model is trained: set config.lora.rank")
+    _check_used(c.optimizer, default_config().optimizer)
+
+
+def _check_used(optimizer: ConfigDict, default: ConfigDict) -> None:
+    """UserError for a field that was changed and that nothing reads, since another one says so."""
+    idle = {
+        "muon_b1": ("name", ("muon",)),
+        "muon_learning_rate": ("name", ("muon",)),
+        "decay_fraction": ("schedule", ("wsd",)),
+        "final_fraction": ("schedule", ("cosine", "wsd")),
+    }
+    for field, (other, values) in idle.items():
+        if optimizer[field] != default[field] and optimizer[other] not in values:
+            text = f"config.optimizer.{field} does nothing with config.optimizer.{other} {optimizer[other]!r}"
+            raise UserError(f"{text}: leave it out, or set {other} to {' or '.join(values)}")
 
 
 def check_cuts(c: ConfigDict, sharding: Sharding) -> None:

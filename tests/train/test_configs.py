@@ -6,7 +6,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
+from qwen35_jax.errors import UserError
 from qwen35_jax.train.config import check_config, default_config
 from qwen35_jax.train.partition import flatten
 
@@ -24,6 +26,39 @@ def test_config(path):
         assert own == set(flatten(default_config().to_dict()))
         config.data.train = config.data.train or ("mine.jsonl",)
         check_config(config)
+
+
+IDLE = [
+    ({"eval_every": 10}, "config.eval_every asks for evaluations: name files in config.data.eval"),
+    ({"optimizer.muon_b1": 0.9}, "config.optimizer.muon_b1 does nothing with config.optimizer.name 'adamw': leave it out"),
+    ({"optimizer.muon_learning_rate": 1e-3}, "muon_learning_rate does nothing .* set name to muon"),
+    ({"optimizer.decay_fraction": 0.5}, "decay_fraction does nothing with config.optimizer.schedule 'cosine': .* to wsd"),
+    ({"optimizer.final_fraction": 0.0, "optimizer.schedule": "constant"}, "final_fraction does nothing .* to cosine or wsd"),
+]
+USED = [
+    {"eval_every": 10, "data.eval": ("mine.jsonl",)},
+    {"optimizer.name": "muon", "optimizer.muon_b1": 0.9, "optimizer.muon_learning_rate": 1e-3},
+    {"optimizer.schedule": "wsd", "optimizer.decay_fraction": 0.5, "optimizer.final_fraction": 0.0},
+    {"optimizer.final_fraction": 0.0},
+]
+
+
+def changed(fields: dict) -> ConfigDict:
+    c = default_config()
+    c.update_from_flattened_dict(fields | {"data.train": ("mine.jsonl",)})
+    return c
+
+
+@pytest.mark.parametrize(("fields", "message"), IDLE, ids=lambda x: "")
+def test_fields_that_would_do_nothing(fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        check_config(changed(fields))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields", USED, ids=lambda x: "")
+def test_fields_that_do_something(fields):
+    check_config(changed(fields))
 
 
 def test_a_part_that_there_is_not():
