@@ -68,8 +68,7 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
         quiet = jax.process_index() > 0
         options = {"quiet": quiet, "reader": run.pictures(config.accumulate)}
         data = make_data(config.data, tokenizer, template, **options)
-        options |= {"train": False, "reader": run.pictures()}
-        evaluation = make_data(config.data, tokenizer, template, **options) if config.data.eval else None
+        evaluation = make_data(config.data, tokenizer, template, train=False, **options) if config.data.eval else None
     record = {"config": json.loads(config.to_json()), "seed": config.seed}
     saved = config.checkpoint
     with (
@@ -154,7 +153,7 @@ class _Loop:
         self.meter, previous = _Meter(self.run), None  # its clock begins behind compilation
         with _profiler(profile_dir) as profile:
             while self.step < last and not self.stop.came():
-                batch = self._next_batch(config.accumulate)
+                batch = self._next_batch()
                 if batch is None:
                     break
                 profile(self.step, self.state)
@@ -216,10 +215,10 @@ class _Loop:
         if self.checkpoints.save(self.step, self.state, position or self.data.get_state(), metrics, force=True):
             self._say(f"step {self.step}  checkpoint")
 
-    def _next_batch(self, parts: int) -> dict | None:
+    def _next_batch(self) -> dict | None:
         with self._saved_if_bad():
             batch = next(self.data, None)
-        return None if batch is None else self._placed(batch, parts)
+        return None if batch is None else self._placed(batch)
 
     @contextlib.contextmanager
     def _saved_if_bad(self) -> Iterator[None]:
@@ -234,14 +233,14 @@ class _Loop:
                 self.checkpoints.wait()
             raise
 
-    def _placed(self, batch: dict[str, np.ndarray], parts: int = 1) -> dict[str, jax.Array]:
+    def _placed(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """The batch on the devices: every process has all of it and gives its own devices their rows."""
 
         def put(x: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
             x = x.reshape(like.shape)
             return jax.make_array_from_callback(x.shape, like.sharding, lambda index: x[index])
 
-        return {name: put(batch[name], like) for name, like in self.run.batch(parts).items()}
+        return {name: put(batch[name], like) for name, like in self.run.batch(self.config.accumulate).items()}
 
     def _evaluate(self, eval_step: Callable) -> dict[str, float]:
         """The losses over all of the evaluation data; {} where the run is told to stop meanwhile."""

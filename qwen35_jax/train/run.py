@@ -120,8 +120,9 @@ class Run:
         return make_train_step(self.loss, self.optimizer, self.schedule, self.state, self.batch(parts), parts)
 
     def eval_step(self):
-        """The `Program` of the evaluation of one batch."""
-        return make_eval_step(self.loss, self.state["params"], self.state["frozen"], self.batch())
+        """The `Program` of the evaluation of one batch, in as many parts as a training step: more at once may not fit."""
+        parts = self.config.accumulate
+        return make_eval_step(self.loss, self.state["params"], self.state["frozen"], self.batch(parts), parts)
 
     def monitor_step(self):
         """The `Program` of the FP8 monitor on one batch."""

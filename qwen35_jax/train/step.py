@@ -192,7 +192,8 @@ def make_train_step(
     def train_step(state, batch):
         totals = _totals(loss, batch, parts)
         gradient = jax.value_and_grad(functools.partial(_part_loss, loss, totals, parts), has_aux=True)
-        (value, sums), gradients = _accumulated(gradient, state, batch, parts)
+        gradient = functools.partial(gradient, state["params"], state["frozen"])
+        (value, sums), gradients = _summed(gradient, batch, parts)
         norm = optax.tree.norm(gradients)
         good = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = optimizer.update(gradients, state["opt"], state["params"])
@@ -217,11 +218,11 @@ def make_train_step(
     return make_program(train_step, (state, batch), (state, jax.tree.map(lambda _: scalar, metrics)), 0)
 
 
-def make_eval_step(loss: Loss, params: dict, frozen: dict, batch: dict) -> Program:
+def make_eval_step(loss: Loss, params: dict, frozen: dict, batch: dict, parts: int = 1) -> Program:
     """(params, frozen, batch) -> the sums of `Loss.sums`: their quotients over many batches are the evaluation's losses."""
 
     def eval_step(params, frozen, batch):
-        return loss.sums(params, frozen, batch)
+        return _summed(functools.partial(loss.sums, params, frozen), batch, parts)
 
     scalar = abstract_array(loss.model.sharding, "", (), jnp.float32)
     results = jax.tree.map(lambda _: scalar, jax.eval_shape(eval_step, params, frozen, batch))
@@ -253,15 +254,15 @@ def _totals(loss: Loss, batch: dict, parts: int) -> dict:
     return loss.totals(texts if parts == 1 else jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), texts))
 
 
-def _accumulated(gradient: Callable, state: dict, batch: dict, parts: int):
-    """((loss, sums), gradients) of the whole batch, the parts one after the other, added up in float32."""
+def _summed(function: Callable, batch: dict, parts: int) -> Any:
+    """What `function` gives for each part of the batch, one after the other, added up in float32."""
     if parts == 1:
-        return gradient(state["params"], state["frozen"], batch)
+        return function(batch)
 
     def add(carry, part):
-        return jax.tree.map(jnp.add, carry, gradient(state["params"], state["frozen"], part)), None
+        return jax.tree.map(jnp.add, carry, function(part)), None
 
-    shapes = jax.eval_shape(gradient, state["params"], state["frozen"], jax.tree.map(lambda x: x[0], batch))
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], batch))
     start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, start, batch)[0]
 

@@ -39,7 +39,7 @@ def assert_same(a: Path, b: Path) -> None:
 def test_data_that_end_before_the_steps(chats, tmp_path, capsys):
     """One epoch: what is left is logged, evaluated, saved and exported; and an older checkpoint can be exported too."""
     data = {"data__train": (str(chats),), "data__eval": (str(chats),), "data__epochs": 1}
-    config = small_config(**data, loss__mtp=0.0, steps=50, log_every=100, checkpoint__every=2)
+    config = small_config(**data, loss__mtp=0.0, steps=50, log_every=100, checkpoint__every=2, accumulate=2)
     metrics = train(config, str(tmp_path / "run"), export_dir=str(tmp_path / "hf"))
     last = lines(tmp_path / "run")[-1]["step"]
     assert 2 < last < 50 and f"after 1 epochs, at step {last} of 50" in capsys.readouterr().err

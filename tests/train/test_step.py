@@ -62,6 +62,19 @@ def test_accumulated_parts_are_the_whole_batch():
     np.testing.assert_allclose(parts, whole, rtol=TOLERANCE)
 
 
+def test_an_evaluation_runs_the_parts_of_a_step_one_after_the_other():
+    batch = random_batch()
+    found = []
+    for parts in (1, 2):
+        run = small_run(accumulate=parts)
+        like = run.batch(parts)
+        placed = {name: jax.device_put(batch[name].reshape(x.shape), x.sharding) for name, x in like.items()}
+        state = initial_state(run)
+        sums = run.eval_step().compile()(state["params"], state["frozen"], placed)
+        found.append([float(sums[name]) for name in ("nll", "weight", "mtp_nll", "mtp_weight")])
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+
+
 def test_parameters_and_moments_are_fully_sharded():
     run = small_run(mesh="2x2x2")
     for name in ("params", "opt"):
