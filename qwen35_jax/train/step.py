@@ -83,7 +83,8 @@ class Loss:
             result |= self._named("mtp_", params, drafted, batch, 2)
         if loads:
             result["balance"] = sum(balance_loss(load, model.config.num_experts_per_tok) for load in loads)
-            result["busiest_expert"] = jnp.max(loads[0].assigned) / jnp.mean(loads[0].assigned)
+            assigned = loads[0].assigned
+            result["busiest_expert"] = jnp.max(assigned) * assigned.size / jnp.maximum(jnp.sum(assigned), 1.0)  # 0 for padding
         return result
 
     def total(self, sums: dict, totals: dict, parts: int = 1) -> jax.Array:

@@ -70,9 +70,13 @@ def test_an_evaluation_runs_the_parts_of_a_step_one_after_the_other():
         like = run.batch(parts)
         placed = {name: jax.device_put(batch[name].reshape(x.shape), x.sharding) for name, x in like.items()}
         state = initial_state(run)
-        sums = run.eval_step().compile()(state["params"], state["frozen"], placed)
+        step = run.eval_step().compile()
+        sums = step(state["params"], state["frozen"], placed)
         found.append([float(sums[name]) for name in ("nll", "weight", "mtp_nll", "mtp_weight")])
     np.testing.assert_allclose(found[1], found[0], rtol=1e-6)
+    placed |= {name: x.at[1].set(0) for name, x in placed.items()}  # the second part is padding, as behind the end of the data
+    sums = step(state["params"], state["frozen"], placed)
+    assert all(math.isfinite(x) for x in sums.values()) and sums["busiest_expert"] >= 1, sums
 
 
 def test_parameters_and_moments_are_fully_sharded():
