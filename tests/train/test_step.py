@@ -107,6 +107,20 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(state["params"]), jax.tree.leaves(before["params"]), strict=True))
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_too():
+    run = small_run(loss__z=1e25, loss__mtp=0.0)  # no number is infinite but the norm: its squares are beyond float32
+    step, state = run.train_step().compile(), initial_state(run)
+    before = jax.tree.map(np.array, state)
+    batch = jax.device_put(random_batch())
+    loss = jax.jit(lambda params: run.loss.total(run.loss.sums(params, {}, batch), run.loss.totals(batch)))
+    assert math.isfinite(loss(state["params"] | state["frozen"]))
+    state, metrics = step(state, batch)
+    assert math.isfinite(metrics["loss"]) and metrics["gradient_norm"] == math.inf
+    assert metrics["skipped"] == metrics["skipped_in_a_row"] == 1
+    for name in ("params", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], before[name])
+
+
 def test_frozen_parameters_stay():
     run = small_run(freeze=("^embed", "experts"), loss__mtp=0.0)
     step, state = run.train_step().compile(), initial_state(run)
