@@ -44,7 +44,7 @@ def default_config() -> ConfigDict:
     c.data.batch_size = 8  # sequences of one optimizer step, over all devices and hosts
     c.data.loss_on = "assistant"  # assistant | all: which tokens of a chat are trained on
     c.data.enable_thinking = placeholder(bool)  # how chats are rendered; not set: as the chat template has it
-    c.data.bad_lines = "stop"  # stop | skip
+    c.data.bad_lines = "stop"  # stop | skip (bad_lines.txt in the run's directory has them)
     c.data.shuffle_seed = 0  # of the order of the documents
     c.data.epochs = 0  # 0: as many as `steps` asks for
     c.data.patches = 0  # patches of a packed row of the vision tower; 0: no pictures in the data, and no tower

@@ -22,7 +22,7 @@ from qwen35_jax.errors import UserError
 from qwen35_jax.sharding import together
 from qwen35_jax.train.checkpoints import Checkpoints
 from qwen35_jax.train.config import check_config
-from qwen35_jax.train.data import TrainData, make_data
+from qwen35_jax.train.data import BadLines, TrainData, make_data
 from qwen35_jax.train.fp8 import scalars
 from qwen35_jax.train.metrics import MetricsWriter, device_memory, flops_per_token, mfu
 from qwen35_jax.train.run import Run, find_origin, initial_state, make_run
@@ -44,7 +44,7 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
 
     Args:
         config: see `train.config.default_config`.
-        workdir: for checkpoints, metrics.jsonl and TensorBoard; local or gs://.
+        workdir: for checkpoints, metrics.jsonl, TensorBoard and the names of bad lines that are skipped; local or gs://.
         export_dir: where the trained model goes as a Hugging Face directory; it must not exist.
         profile_dir: for a jax.profiler trace of three steps, the fourth to the sixth of this process.
 
@@ -66,18 +66,20 @@ def train(config: ConfigDict, workdir: str, *, export_dir: str | None = None, pr
         run = make_run(config, find_origin(config))
         tokenizer, template = run.tokenizer(), run.template()
         quiet = jax.process_index() > 0
-        options = {"quiet": quiet, "reader": run.pictures(config.accumulate)}
+        bad = BadLines(workdir)
+        options = {"quiet": quiet, "named": bad, "reader": run.pictures(config.accumulate)}
         data = make_data(config.data, tokenizer, template, **options)
         evaluation = make_data(config.data, tokenizer, template, train=False, **options) if config.data.eval else None
     record = {"config": json.loads(config.to_json()), "seed": config.seed}
     saved = config.checkpoint
     with (
+        contextlib.closing(bad),
         contextlib.closing(data),
         Checkpoints(workdir, **saved, run=record) as checkpoints,
         contextlib.closing(MetricsWriter(workdir)) as writer,
         StopSignal(run.model.sharding.mesh) as stop,
     ):
-        loop = _Loop(run, data, evaluation, checkpoints, writer, stop)
+        loop = _Loop(run, data, evaluation, bad, checkpoints, writer, stop)
         loop.begin()
         metrics = loop.run_steps(profile_dir)
     if export_dir:
@@ -104,8 +106,8 @@ def export(config: ConfigDict, workdir: str, directory: str, step: int) -> None:
 class _Loop:
     """One run on its way. `state` is the train state after `step` steps."""
 
-    def __init__(self, run: Run, data: TrainData, evaluation: TrainData | None, checkpoints, writer, stop: StopSignal):
-        self.run, self.config, self.data = run, run.config, data
+    def __init__(self, run: Run, data: TrainData, evaluation: TrainData | None, bad: BadLines, checkpoints, writer, stop):
+        self.run, self.config, self.data, self.bad = run, run.config, data, bad
         self.checkpoints, self.writer, self.stop = checkpoints, writer, stop
         self.evaluation = evaluation
         self.first_evaluation = evaluation.get_state() if evaluation else None
@@ -282,6 +284,7 @@ class _Loop:
         self.metrics |= metrics
         self.writer.write(self.step, metrics)
         self.writer.report(self.step, self.config.steps, metrics)
+        self.bad.write()
 
     def _compiled(self, make: Callable) -> Callable:
         self._say(f"compiling {make.__name__}: on CPUs this takes a minute or more the first time")

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import ChatTemplate, Tokenizer
-from qwen35_jax.train.data import encode_example, make_data
+from qwen35_jax.train.data import BadLines, encode_example, make_data
 
 TINY = Path(__file__).parents[2] / "qwen35_jax" / "assets" / "tiny"
 TOKENIZER = Tokenizer.from_directory(TINY)
@@ -223,6 +223,20 @@ def test_skipping_bad_lines(damaged, caplog):
     with caplog.at_level(logging.WARNING):
         assert documents_in(make(damaged, train=False, quiet=True)) == [0, 1, 2]
     assert not caplog.text
+
+
+def test_all_bad_lines_are_named_in_a_file_once(damaged, tmp_path, caplog):
+    """Over two epochs, and in a run that goes on."""
+    damaged.bad_lines, damaged.epochs = "skip", 2
+    for _ in range(2):
+        named = BadLines(tmp_path / "run")
+        with caplog.at_level(logging.WARNING):
+            assert len(list(make(damaged, named=named))) > 0
+        named.close()
+    assert "(further ones are in bad_lines.txt)" in caplog.text
+    names = (tmp_path / "run" / "bad_lines.txt").read_text().splitlines()
+    places = [re.match(r"\S+damaged.jsonl:(\d+): .", name)[1] for name in names]
+    assert len(places) == len(set(places)) == 8
 
 
 def test_the_count_of_bad_lines_is_part_of_the_position(damaged):

@@ -85,6 +85,7 @@ def test_told_to_stop_while_it_evaluates(chats, tmp_path, monkeypatch):
         return draw(data)
 
     monkeypatch.setattr(TrainData, "__next__", told)
+    chats.write_text("{\n" + chats.read_text())
     data = {"data__train": (str(chats),), "data__eval": (str(chats),), "data__bad_lines": "skip"}
     config = small_config(**data, loss__mtp=0.0, steps=4, eval_every=2, log_every=100)
     with pytest.raises(Interrupted, match="SIGTERM after step 2"):
@@ -93,6 +94,7 @@ def test_told_to_stop_while_it_evaluates(chats, tmp_path, monkeypatch):
     (line,) = lines(tmp_path / "run")
     assert line["step"] == 2 and line["loss"] > 0
     assert saved_metrics(tmp_path / "run", 2)["loss"] == line["loss"]
+    assert f"{chats}:1: the line is not valid JSON" in (tmp_path / "run" / "bad_lines.txt").read_text()
 
 
 BAD = 11  # of the lines one that the first batches do not read

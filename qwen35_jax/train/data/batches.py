@@ -12,6 +12,7 @@ from absl import logging
 from qwen35_jax.errors import UserError
 from qwen35_jax.text import ChatTemplate, Tokenizer
 from qwen35_jax.train.config import MAX_SEED
+from qwen35_jax.train.data.bad_lines import FILE, BadLines
 from qwen35_jax.train.data.examples import EncodeOptions, Example, ExampleEncoder
 from qwen35_jax.train.data.lines import JsonLines, Line, parse_line
 from qwen35_jax.train.data.packing import Document, Rows
@@ -44,6 +45,7 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         skip: bool,
         seed: int | None,
         quiet: bool = False,
+        named: BadLines | None = None,
         reader: PictureReader | None = None,
     ):
         """Use `make_data`.
@@ -54,13 +56,14 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
             shape: (rows of a batch, their length).
             skip: whether bad lines are skipped; else the first one is raised.
             seed: of the stream's shuffling, None without.
-            quiet: whether bad lines are counted only, and not named.
+            quiet: whether nothing is said in the log.
+            named: takes every line that is skipped; else the log has the first ones.
             reader: of the pictures, where there may be some.
         """
         self._lines = lines
         self._stream = stream
         self._shape = shape
-        self._skip, self._quiet = skip, quiet
+        self._skip, self._quiet, self._named = skip, quiet, named
         self._reader = reader
         self._identity = {"lines": len(lines), "bytes": lines.size, "shuffle_seed": seed}
         self.documents = self.bad_lines = self.truncated = 0
@@ -154,8 +157,11 @@ class TrainData(Iterator[dict[str, np.ndarray]]):
         if not self._skip:
             raise UserError(f"{error}; correct the line, or set data.bad_lines to 'skip'") from error
         self.bad_lines += 1
+        if self._named:
+            self._named.add(str(error))
         if self.bad_lines <= REPORTED and not self._quiet:
-            more = "" if self.bad_lines < REPORTED else " (further ones are only counted)"
+            where = f"in {FILE}" if self._named else "only counted"
+            more = "" if self.bad_lines < REPORTED else f" (further ones are {where})"
             logging.warning("bad line skipped: %s%s", error, more)
 
     def _count_truncated(self, tokens: int) -> None:
@@ -184,12 +190,14 @@ def make_data(
     *,
     train: bool = True,
     quiet: bool = False,
+    named: BadLines | None = None,
     reader: PictureReader | None = None,
 ) -> TrainData:
     """The batches of `config` (the `data` part of a run's configuration).
 
     Training data is shuffled anew in each of `config.epochs` epochs (0: without end); evaluation data passes once, in order.
-    `quiet`: bad lines that are skipped are not named, for all processes but one. `reader`: for data with pictures in it.
+    `quiet`: nothing is said in the log, for all processes but one. `named`: takes the names of all bad lines that are skipped.
+    `reader`: for data with pictures in it.
     Raises UserError for files that are not there or empty, for settings that do not go together, and for a chat template
     whose assistant turns cannot be found.
     """
@@ -207,6 +215,7 @@ def make_data(
         skip=config.bad_lines == "skip",
         seed=config.shuffle_seed if train else None,
         quiet=quiet,
+        named=named,
         reader=reader,
     )
 
