@@ -11,8 +11,8 @@ from qwen35_jax.text.messages import normalise_messages
 
 
 class FilePrompt(NamedTuple):
-    """A prompt and its place, such as "x.jsonl line 3", counted from 1, "" for one of no file. tools: those of a chat, in OpenAI's
-    form."""
+    """A prompt and its place, such as "x.jsonl line 3", counted from 1, "" for one of no file. tools: those of a chat, in the form
+    of OpenAI."""
 
     where: str
     prompt: str | list[dict[str, Any]]
@@ -22,9 +22,9 @@ class FilePrompt(NamedTuple):
 def read_prompts(path: epath.PathLike) -> list[FilePrompt]:
     """Those of each line that is not blank.
 
-    A line of a .jsonl file is {"prompt": text} or {"messages": chat}, this perhaps with {"tools": […]}, as in training data; other
-    keys are not looked at. A line of any other file is a prompt itself. Raises UserError that names the line for what is neither,
-    and if there is no prompt at all.
+    A line of a .jsonl file is {"prompt": text} or {"messages": chat}, this perhaps with {"tools": […]}, as in training data;
+    other keys are not looked at. A line of any other file is a prompt itself. Raises UserError that names the line for what is
+    neither, and if there is no prompt at all.
     """
     path = epath.Path(path)
     try:
