@@ -11,8 +11,8 @@ from qwen35_jax.text.messages import normalise_messages
 
 
 class FilePrompt(NamedTuple):
-    """A prompt and its place, such as "x.jsonl line 3", counted from 1, "" for one of no file. tools: those of a chat, in the form
-    of OpenAI."""
+    """A prompt and its place, such as "x.jsonl line 3", counted from 1; "" for one of no file. tools: those of a chat, as
+    OpenAI has them."""
 
     where: str
     prompt: str | list[dict[str, Any]]
