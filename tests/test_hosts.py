@@ -205,8 +205,10 @@ def test_a_killed_host_ends_the_other_and_the_run_goes_on_bit_for_bit(config, ki
 
 @pytest.mark.slow
 def test_a_signal_to_one_host_stops_both_after_one_step(config, tmp_path):
-    work = tmp_path / "work"
-    processes = start(["--config", config, "--config.steps=100000", "--workdir", str(work)])
+    """Most likely in an evaluation, which both leave at the same batch."""
+    work, files = tmp_path / "work", (str(tmp_path / "chats.jsonl"),) * 20
+    evaluation = [f"--config.data.eval={files}", "--config.eval_every=1"]
+    processes = start(["--config", config, *evaluation, "--config.steps=100000", "--workdir", str(work)])
     try:
         wait_for(work / "metrics.jsonl", '"step": 3,', processes)
         processes[1].send_signal(signal.SIGTERM)
