@@ -85,7 +85,7 @@ def _claim(partial: epath.Path) -> None:
     if partial.exists() and not partial.is_dir():
         raise UserError(f"{partial} is in the way: it is a file, and a conversion works in a directory there; move it away")
     partial.mkdir(parents=True, exist_ok=True)
-    names = sorted(p.name for p in partial.iterdir())
+    names = sorted(p.name for p in partial.iterdir()) if partial.is_dir() else []  # object stores make no directories
     foreign = [name for name in names if LOCK not in names or not WRITTEN.fullmatch(name)]
     if foreign:
         raise UserError(f"{partial} is in the way: it holds {foreign[0]}, which no conversion put there; move it away")

@@ -177,7 +177,7 @@ def test_object_stores(tmp_path, monkeypatch):
 
 
 class Bucket(MemoryFileSystem):
-    """A store in memory in the place of Google's, behind the same interface."""
+    """A store in memory in the place of Google's, behind the same interface: directories are but the names of objects."""
 
     protocol = ("gcs", "gs")
     store: dict = {}
@@ -186,6 +186,12 @@ class Bucket(MemoryFileSystem):
     @classmethod
     def _strip_protocol(cls, path):
         return MemoryFileSystem._strip_protocol(path.replace("gs://", "memory://").replace("gcs://", "memory://"))
+
+    def mkdir(self, path, create_parents=True, **kwargs):
+        pass
+
+    def makedirs(self, path, exist_ok=False):
+        pass
 
 
 @pytest.fixture
