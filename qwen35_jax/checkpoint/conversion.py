@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -20,10 +18,10 @@ from qwen35_jax.checkpoint.orbax_source import OrbaxSource, Record, Stored
 from qwen35_jax.checkpoint.orbax_writer import write_orbax
 from qwen35_jax.checkpoint.quantization import Quantised
 from qwen35_jax.checkpoint.safetensors_file import Header, Index, is_local, write_safetensors
-from qwen35_jax.checkpoint.source import INDEX, RECORD, HuggingFaceSource
+from qwen35_jax.checkpoint.source import INDEX, RECORD, HuggingFaceSource, copy_into
 from qwen35_jax.checkpoint.staging import staging
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, writable
 
 FORMS = ("orbax", "hf")
 QUANTISATIONS = ("fp8",)
@@ -71,26 +69,21 @@ def convert(
     check(canonical, ModelConfig.from_hf(source.config))
     quantised = Quantised(canonical, ModelConfig.from_hf(source.config)) if quantize else None
     size = quantised.nbytes if quantised else sum(_nbytes(spec) for spec in canonical.tensors.values())
-    try:
-        with staging(dst) as work:
-            _check_space(work.parent, size)
-            hidden = None if progress else True  # None: where stderr is no terminal
-            with tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
-                if quantised:
-                    quantised.write(work, bar.update)
-                elif isinstance(source, HuggingFaceSource):
-                    _to_orbax(source, canonical, work, bar.update)
-                else:
-                    _to_hf(source, canonical, work, bar.update)
-                for file in source.files:
-                    if quantised and file.name == "config.json":
-                        continue
-                    (work / file.name).write_bytes(file.read_bytes())
-                bar.leave = True  # after a failure it goes: an error is one line
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError) as e:  # TensorStore reports a full disk as a ValueError
-        raise UserError(f"could not write {dst}: {_reason(e)}") from e
+    # TensorStore reports a full disk as a ValueError.
+    with writable(dst, ValueError, RuntimeError), staging(dst) as work:
+        _check_space(work.parent, size)
+        hidden = None if progress else True  # None: where stderr is no terminal
+        with tqdm.tqdm(total=size, unit="B", unit_scale=True, disable=hidden, leave=False) as bar:
+            if quantised:
+                quantised.write(work, bar.update)
+            elif isinstance(source, HuggingFaceSource):
+                _to_orbax(source, canonical, work, bar.update)
+            else:
+                _to_hf(source, canonical, work, bar.update)
+            for file in source.files:
+                if not (quantised and file.name == "config.json"):
+                    copy_into(work, file)
+            bar.leave = True  # after a failure it goes: an error is one line
 
 
 def _nbytes(spec) -> int:
@@ -103,13 +96,6 @@ def _check_space(directory: epath.Path, size: int) -> None:
         if free < size:
             have, want = (f"{tqdm.tqdm.format_sizeof(n)}B" for n in (free, size))
             raise UserError(f"{directory.parent} has {have} free, but {want} are to be written: make room or write elsewhere")
-
-
-def _reason(error: Exception) -> str:
-    code = re.search(r"os_error_code='(\d+)'", str(error))  # as TensorStore has it
-    number = int(code[1]) if code else error.errno if isinstance(error, OSError) else None
-    text = os.strerror(number) if number else str(error)
-    return " ".join(text.split())[:300] or type(error).__name__
 
 
 def _to_orbax(source: HuggingFaceSource, canonical: CanonicalSource, work: epath.Path, advance: Callable[[int], None]) -> None:

@@ -9,7 +9,7 @@ from etils import epath
 from qwen35_jax.checkpoint.orbax_source import OrbaxSource
 from qwen35_jax.checkpoint.safetensors_file import is_local
 from qwen35_jax.checkpoint.source import PARTIAL, RECORD, HuggingFaceSource, check_directory, download
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, reachable
 
 ORBAX_MARKS = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -32,6 +32,11 @@ def open_source(path_or_id: str, revision: str | None = None) -> HuggingFaceSour
         path = download(path_or_id, revision)
     elif revision is not None:
         raise UserError(f"a revision belongs to a hub id, but {path_or_id} is a directory")
+    with reachable(path):
+        return _open(path)
+
+
+def _open(path: epath.Path) -> HuggingFaceSource | OrbaxSource:
     if not is_local(path) and (path.parent / (path.name + PARTIAL)).exists():
         raise UserError(f"{path} is an unfinished conversion: run the conversion again")
     names = {p.name for p in path.iterdir()}

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, reachable
 
 MAX_HEADER = 100_000_000  # the limit of the reference implementation
 MAX_RANK = 16
@@ -191,7 +191,7 @@ class SafetensorsFile:
         return self._map
 
     def _read_range(self, start: int, stop: int) -> np.ndarray:
-        with self.path.open("rb") as f:
+        with reachable(self.path), self.path.open("rb") as f:
             f.seek(self._data_start + start)
             data = f.read(stop - start)
         if len(data) != stop - start:

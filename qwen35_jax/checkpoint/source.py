@@ -133,8 +133,15 @@ def _shards_of_index(index: Any, path: epath.Path) -> dict[str, list[str]]:
 def text_files(path: epath.Path) -> list[epath.Path]:
     """The files to copy along: everything that is text and no weights, no index of them and no record of ours."""
     skipped = (INDEX, RECORD, "commit_success.txt")  # the last is Orbax's
-    kept = [p for p in path.iterdir() if p.name.endswith(TEXT_SUFFIXES) or p.name in TEXT_NAMES]
-    return sorted((p for p in kept if p.name not in skipped and not p.name.startswith(".") and p.is_file()), key=os.fspath)
+    with reachable(path):
+        kept = [p for p in path.iterdir() if p.name.endswith(TEXT_SUFFIXES) or p.name in TEXT_NAMES]
+        return sorted((p for p in kept if p.name not in skipped and not p.name.startswith(".") and p.is_file()), key=os.fspath)
+
+
+def copy_into(directory: epath.Path, file: epath.Path) -> None:
+    with reachable(file):
+        content = file.read_bytes()
+    (directory / file.name).write_bytes(content)
 
 
 def read_text(path: epath.Path, remedy: str = "download it again") -> str:

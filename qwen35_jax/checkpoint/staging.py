@@ -20,7 +20,7 @@ from etils import epath
 
 from qwen35_jax.checkpoint.safetensors_file import is_local
 from qwen35_jax.checkpoint.source import PARTIAL, check_directory
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, reachable
 
 WORK = "checkpoint"
 LOCK = "qwen35_jax.lock"
@@ -76,7 +76,9 @@ def _remote(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path
 
 
 def _refuse_existing(destination: epath.Path) -> None:
-    if check_directory(destination, "name a new directory") and any(destination.iterdir()):
+    with reachable(destination):
+        there = check_directory(destination, "name a new directory") and any(destination.iterdir())
+    if there:
         raise UserError(f"{destination} exists already; remove it or name another directory")
 
 

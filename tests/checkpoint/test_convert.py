@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
-from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 from orbax.checkpoint import v1 as ocp
 
 from qwen35_jax.checkpoint import conversion, open_source, orbax_writer, staging
 from qwen35_jax.checkpoint.canonical import canonical_name
 from qwen35_jax.checkpoint.conversion import convert
 from qwen35_jax.errors import UserError
+from tests.checkpoint.bucket import Bucket
 from tests.checkpoint.synthetic import canonical_tensors, hf_config, per_expert, renamed, write
 
 ROOT = Path(__file__).parents[2]
@@ -176,33 +175,6 @@ def test_object_stores(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "out"]
 
 
-class Bucket(MemoryFileSystem):
-    """A store in memory in the place of Google's, behind the same interface: directories are but the names of objects."""
-
-    protocol = ("gcs", "gs")
-    store: dict = {}
-    pseudo_dirs: list = [""]
-
-    @classmethod
-    def _strip_protocol(cls, path):
-        return MemoryFileSystem._strip_protocol(path.replace("gs://", "memory://").replace("gcs://", "memory://"))
-
-    def mkdir(self, path, create_parents=True, **kwargs):
-        pass
-
-    def makedirs(self, path, exist_ok=False):
-        pass
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """gs:// paths lead to an empty Bucket."""
-    backend = epath.backend.fsspec_backend
-    monkeypatch.setattr(type(backend), "_get_filesystem", lambda self, name: Bucket())
-    Bucket.store.clear()
-    return epath.Path("gs://bucket")
-
-
 def test_reads_and_writes_a_bucket(tmp_path, bucket):
     """Byte ranges of a remote Hugging Face directory give what the local files do; an export goes back."""
     config = hf_config(moe=True)
@@ -219,6 +191,32 @@ def test_reads_and_writes_a_bucket(tmp_path, bucket):
     assert sorted(p.name for p in (bucket / "back").iterdir()) == sorted(p.name for p in original.iterdir())
     for file in original.iterdir():
         assert (bucket / "back" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+class HttpError(Exception):
+    """As gcsfs has one: neither an OSError nor a RuntimeError."""
+
+
+def _failing(*args, **kwargs):
+    raise HttpError("Invalid Credentials, 401\nsee there")
+
+
+@pytest.mark.parametrize("method", ["info", "ls", "_open"])
+def test_a_bucket_that_fails_is_said_in_a_line(tmp_path, bucket, monkeypatch, method):
+    original = write(tmp_path / "hf", hf_config(), canonical_tensors(hf_config()))
+    convert(str(original), str(tmp_path / "orbax"), progress=False)
+    for file in original.iterdir():
+        (bucket / "model" / file.name).write_bytes(file.read_bytes())
+    opened = open_source(str(bucket / "model"))
+    monkeypatch.setattr(Bucket, method, _failing)
+    with pytest.raises(UserError, match=r"^cannot read gs://bucket/model: Invalid Credentials, 401$"):
+        open_source(str(bucket / "model"))
+    if method == "_open":
+        with pytest.raises(UserError, match=r"^cannot read gs://bucket/model/model.safetensors: Invalid Credentials, 401$"):
+            opened.read("lm_head.weight")
+    if method != "ls":  # nothing is listed there
+        with pytest.raises(UserError, match="^(could not write|cannot read) gs://bucket/back: Invalid Credentials, 401.*$"):
+            convert(str(tmp_path / "orbax"), str(bucket / "back"), "hf", progress=False)
 
 
 @pytest.mark.parametrize("to", ["orbax", "hf"])

@@ -18,6 +18,7 @@ from qwen35_jax.config import ASSETS, PRESETS, ModelConfig, RopeConfig
 from qwen35_jax.errors import UserError
 from qwen35_jax.model import Model
 from qwen35_jax.sharding import Sharding, make_mesh
+from tests.checkpoint.bucket import Bucket
 from tests.checkpoint.synthetic import canonical_tensors, hf_config, write
 
 
@@ -174,6 +175,23 @@ def test_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     (tmp_path / "out.partial" / "checkpoint" / "model-00001-of-00009.safetensors").write_bytes(b"half")
     export_hf(params, model.config, tmp_path / "out")
     assert _same(_load(tmp_path / "out"), _rounded(params)) and not (tmp_path / "out.partial").exists()
+
+
+def test_an_export_that_a_bucket_refuses_is_said_in_a_line(bucket, monkeypatch):
+    """Clients of buckets have exceptions of their own, such as gcsfs's HttpError."""
+    model = _model(hf_config(vision=False))
+
+    def refused(*args, **kwargs):
+        raise Exception("Too Many Requests, 429")
+
+    export_hf(model.init_params(0), model.config, bucket / "out")
+    assert len(open_source(str(bucket / "out")).tensors) > 9
+    monkeypatch.setattr(Bucket, "_open", refused)
+    with pytest.raises(UserError, match="^could not write gs://bucket/new: Too Many Requests, 429$"):
+        export_hf(model.init_params(0), model.config, bucket / "new")
+    monkeypatch.setattr(Bucket, "ls", refused)
+    with pytest.raises(UserError, match="^cannot read gs://bucket/out: Too Many Requests, 429$"):
+        check_export_target(bucket / "out")
 
 
 def test_what_cannot_be_exported(tmp_path):
