@@ -91,9 +91,9 @@ class HuggingFaceSource:
     def _locate(self, names: dict[str, list[str]]) -> dict[str, str]:
         located: dict[str, str] = {}
         for shard, indexed in names.items():
-            have = self.shards[shard].tensors
+            have, listed = self.shards[shard].tensors, set(indexed)
             lost = [n for n in indexed if n not in have]
-            extra = [n for n in have if n not in set(indexed)] if indexed else []
+            extra = [n for n in have if n not in listed] if indexed else []
             if lost or extra:
                 text = (
                     f"lacks {some(lost)} that {INDEX} puts there"
