@@ -182,11 +182,16 @@ def download(repo: str, revision: str | None = None) -> epath.Path:
     patterns = ["*.safetensors", *(f"*{s}" for s in TEXT_SUFFIXES), *TEXT_NAMES]
     try:
         return epath.Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as e:  # every error of the hub's client is one of these: network, offline, 404, gated
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-        reason = next((text for kind, text in HUB_REASONS if isinstance(e, kind)), " ".join(lines[:2])[:300] or type(e).__name__)
+    except Exception as e:  # a broken connection is what the client's HTTP package or hf_xet make of it
+        reason = next((text for kind, text in HUB_REASONS if isinstance(e, kind)), None) or _hub_reason(e)
         at = f" at revision {revision}" if revision else ""
         raise UserError(f"no directory {repo}, and the Hugging Face hub gave no {repo}{at}: {reason}") from None
+
+
+def _hub_reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    again = "" if isinstance(error, ValueError) else "; the same command resumes what was begun"  # ValueError: no valid id
+    return (" ".join(lines[:2])[:300] or type(error).__name__) + again
 
 
 def check_directory(path: epath.Path, advice: str = "give the directory that holds config.json and the weights") -> bool:

@@ -15,6 +15,14 @@ from tests.checkpoint.synthetic import canonical_tensors, hf_config, write
 INDEX = "model.safetensors.index.json"
 
 
+class ReadError(Exception):
+    """As the HTTP package of the hub's client has it: no OSError."""
+
+
+# What a download raises when it breaks in the middle.
+BROKEN = {"http": ReadError(), "xet": RuntimeError("Data processing error: request failed")}
+
+
 @pytest.fixture
 def sharded(tmp_path):
     config = hf_config()
@@ -119,6 +127,8 @@ def test_hub_ids(sharded, monkeypatch):
         calls.append((repo, revision))
         if revision == "broken":
             raise OSError("Connection refused\nsome\nmore lines")
+        if revision in BROKEN:
+            raise BROKEN[revision]
         if revision == "offline":
             raise huggingface_hub.errors.LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder")
         return str(sharded)
@@ -128,5 +138,7 @@ def test_hub_ids(sharded, monkeypatch):
     assert calls == [("org/name", "main")]
     _refused("org/name", "no directory org/name, .* at revision broken: Connection refused", "broken")
     _refused("org/name", "no directory org/name, .* at revision offline: it cannot be reached", "offline")
+    for revision, error in BROKEN.items():
+        _refused("org/name", f"at revision {revision}: {str(error) or 'ReadError'}; the same command resumes", revision)
     _refused(sharded, "a revision belongs to a hub id", "main")
     _refused("../name", "no such directory")
