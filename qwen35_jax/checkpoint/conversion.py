@@ -19,7 +19,7 @@ from qwen35_jax.checkpoint.orbax_writer import write_orbax
 from qwen35_jax.checkpoint.quantization import Quantised
 from qwen35_jax.checkpoint.safetensors_file import Header, Index, is_local, write_safetensors
 from qwen35_jax.checkpoint.source import INDEX, RECORD, HuggingFaceSource, copy_into
-from qwen35_jax.checkpoint.staging import staging
+from qwen35_jax.checkpoint.staging import check_destination, staging
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.errors import UserError, writable
 
@@ -61,6 +61,7 @@ def convert(
     to = to or "orbax"
     if to not in FORMS:
         raise UserError(f"cannot convert to {to!r}; choose one of {', '.join(FORMS)}")
+    check_destination(dst)  # before a hub id is downloaded
     source = open_source(src, revision)
     if quantize is None and isinstance(source, OrbaxSource) == (to == "orbax"):
         have, other = ("a converted checkpoint", "hf") if to == "orbax" else ("a Hugging Face checkpoint", "orbax")

@@ -20,10 +20,10 @@ from qwen35_jax.checkpoint.canonical import CanonicalSource, source_has_vision
 from qwen35_jax.checkpoint.names import VISION, Path, tensor_parts
 from qwen35_jax.checkpoint.safetensors_file import is_local
 from qwen35_jax.checkpoint.shards import Spec, shards_of, write_shards
-from qwen35_jax.checkpoint.source import TensorSource, check_directory, copy_into, text_files
-from qwen35_jax.checkpoint.staging import staging
+from qwen35_jax.checkpoint.source import TensorSource, copy_into, text_files
+from qwen35_jax.checkpoint.staging import check_destination, staging
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.errors import UserError, reachable, writable
+from qwen35_jax.errors import UserError, writable
 from qwen35_jax.sharding import to_host
 
 FLOAT32 = (".A_log", ".linear_attn.norm.weight")  # as published; everything else is of the export's dtype
@@ -33,12 +33,9 @@ NOT_COPIED = ("config.json", "README.md")  # the first is written here, the seco
 
 def check_export_target(directory: epath.PathLike) -> None:
     """UserError where `export_hf` could not write: something is there, or may not be. Call it before training."""
-    directory = epath.Path(directory)
-    with reachable(directory):
-        if check_directory(directory, "name a new directory") and any(directory.iterdir()):
-            raise UserError(f"{directory} exists already; remove it or name another directory to export to")
+    directory = check_destination(directory)
     if is_local(directory):
-        above = next(parent for parent in pathlib.Path(directory).absolute().parents if parent.exists())
+        above = next(parent for parent in pathlib.Path(directory).parents if parent.exists())
         if not above.is_dir() or not os.access(above, os.W_OK):
             raise UserError(f"{directory} cannot be made: {above} is not a directory one can write to")
 

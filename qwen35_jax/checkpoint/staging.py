@@ -34,20 +34,32 @@ def staging(destination: epath.PathLike) -> Iterator[epath.Path]:
     After an exception nothing is at `destination`. UserError where something is there already or another run writes.
     A relative path is made absolute, and a link leads to what it names.
     """
+    destination = check_destination(destination)
+    stage = _local if is_local(destination) else _remote
+    with stage(destination, _partial(destination)) as work:
+        yield work
+
+
+def check_destination(destination: epath.PathLike) -> epath.Path:
+    """The path that `staging` writes to. UserError where something is there already that no killed run left."""
     destination = epath.Path(destination)
     if not destination.name or destination.name == "..":
         raise UserError(f"{destination} cannot be written: name a new directory")
     if is_local(destination):  # Orbax takes absolute paths only, and the rename is to meet no link
         destination = epath.Path(os.path.realpath(destination))
-    partial = destination.parent / (destination.name + PARTIAL)
-    stage = _local if is_local(destination) else _remote
-    with stage(destination, partial) as work:
-        yield work
+    with reachable(destination):
+        there = check_directory(destination, "name a new directory") and any(destination.iterdir())
+        if there and (is_local(destination) or not (_partial(destination) / LOCK).exists()):
+            raise UserError(f"{destination} exists already; remove it or name another directory")
+    return destination
+
+
+def _partial(destination: epath.Path) -> epath.Path:
+    return destination.parent / (destination.name + PARTIAL)
 
 
 @contextlib.contextmanager
 def _local(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]:
-    _refuse_existing(destination)
     _claim(partial)
     with _locked(partial):
         try:
@@ -68,18 +80,10 @@ def _remote(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path
         for leftover in (destination, *destination.parent.glob(destination.name + ".partial_save*")):
             if leftover.exists():
                 leftover.rmtree()
-    _refuse_existing(destination)
     _claim(partial)
     (partial / LOCK).write_text(f"{destination} is being written; it is not complete while this object exists\n")
     yield destination  # after an exception the lock stays: what was written is not taken for a checkpoint
     partial.rmtree()
-
-
-def _refuse_existing(destination: epath.Path) -> None:
-    with reachable(destination):
-        there = check_directory(destination, "name a new directory") and any(destination.iterdir())
-    if there:
-        raise UserError(f"{destination} exists already; remove it or name another directory")
 
 
 def _claim(partial: epath.Path) -> None:

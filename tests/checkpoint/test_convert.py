@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -77,7 +78,7 @@ def test_the_directory_is_an_orbax_checkpoint(tmp_path):
         assert (tmp_path / "orbax" / file).read_bytes() == (original / file).read_bytes()
 
 
-def test_what_cannot_be_converted(tmp_path):
+def test_what_cannot_be_converted(tmp_path, monkeypatch):
     config = hf_config()
     tensors = canonical_tensors(config)
     original, out = write(tmp_path / "hf", config, tensors), str(tmp_path / "orbax")
@@ -89,6 +90,8 @@ def test_what_cannot_be_converted(tmp_path):
         assert "\n" not in str(error.value)
 
     refused("exists already", str(original), out)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: pytest.fail("downloaded"))
+    refused("exists already", "org/name", out)
     refused("is a Hugging Face checkpoint already; convert it --to orbax", str(original), str(tmp_path / "x"), "hf")
     refused("is a converted checkpoint already; convert it --to hf", out, str(tmp_path / "x"))
     refused("cannot convert to 'gguf'", out, str(tmp_path / "x"), "gguf")

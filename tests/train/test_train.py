@@ -139,7 +139,7 @@ WRONG = [
     (["--config", "field.py", "--workdir", "w"], '"stepz" does not exist'),
     (["--config.checkpoint.best_metric=accuracy", "--workdir", "w"], "config.checkpoint.best_metric is 'accuracy'"),
     (["--config.data.train=('bad.jsonl',)", "--workdir", "w"], "bad.jsonl:1: the line is not valid JSON"),
-    (["--workdir", "w", "--export_hf", "."], "exists already"),
+    (["--workdir", "w", "--export_hf", "."], "name a new directory"),
     (["--workdir", "w", "--hosts", "2"], "--hosts and --host belong to --coordinator"),
 ]
 
