@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import jax
 
-from qwen35_jax.planner.compiled import FULL, Compiled
+from qwen35_jax.planner.compiled import FULL, QUICK, Compiled
 from qwen35_jax.planner.jobs import LAYOUT
 from qwen35_jax.planner.planning import Plan, fits
 from qwen35_jax.planner.roofline import ASSUMPTIONS, Roofline
@@ -48,7 +48,8 @@ def lines(plan: Plan) -> Iterator[str]:
     yield "Assumed:"
     yield from (f"  - {text}" for text in ASSUMPTIONS)
     if job.training and topology.platform == "tpu":
-        yield "  - compiled with the least effort on speed (exec_time_optimization_effort -1): a run's buffers are not the same"
+        effort = ", ".join(f"{name} {value}" for name, value in QUICK.items())
+        yield f"  - compiled with the least effort on speed ({effort}): a run's buffers are not the same"
     if topology.platform == "cuda":
         yield "  - JAX is given the whole memory (XLA_PYTHON_CLIENT_MEM_FRACTION=0.95); on its own it takes 75 % of a GPU's"
 
