@@ -28,6 +28,7 @@ MESH = flags.DEFINE_string("mesh", "1x1", "DATAxMODEL or REPLICAxDATAxMODEL")
 KEEP_FP8 = flags.DEFINE_bool("keep_fp8", False, "keep the weights of an FP8 checkpoint in FP8")
 FP8_ACTIVATIONS = flags.DEFINE_bool("fp8_activations", False, "with --keep_fp8: multiply them with activations in FP8 too")
 CASES = flags.DEFINE_integer("cases", 256, "the most cases of a skill", lower_bound=1)
+DRAW = flags.DEFINE_integer("draw", 0, "which cases: 0 are those by which the packaged weights were chosen", lower_bound=0)
 SHOW = flags.DEFINE_integer("show", 0, "print so many wrong answers of each skill", lower_bound=0)
 JSON = flags.DEFINE_bool("json", False, "one JSON object in place of the table")
 
@@ -256,10 +257,13 @@ DEFAULT_PROMPT = arithmetic_case(Problem(37, "+", 58), "What is 37 + 58?", False
 
 
 class Bench:
-    """Runs cases through a model, `rows` at a time."""
+    """Runs the cases of a draw through a model, `rows` at a time."""
 
-    def __init__(self, lm: qwen35_jax.LanguageModel, rows: int):
-        self.lm, self.rows = lm, rows
+    def __init__(self, lm: qwen35_jax.LanguageModel, rows: int, draw: int = 0):
+        self.lm, self.rows, self.draw = lm, rows, draw
+
+    def cases(self, make: Callable[[random.Random], Case], name: str, number: int) -> list[Case]:
+        return distinct(make, f"{name}, draw {self.draw}" if self.draw else name, number)
 
     def answers(self, cases: list[Case], **options) -> list[Said]:
         """What the model says to each."""
@@ -274,7 +278,7 @@ class Bench:
 
     def plain(self, number: int) -> Iterable[Score]:
         for name, target, make, thinking in PLAIN_SKILLS:
-            cases = distinct(make, name, number)
+            cases = self.cases(make, name, number)
             yield score(name, target, cases, self.answers(cases, enable_thinking=thinking))
         yield score("What is 37 + 58?", 100, [DEFAULT_PROMPT], self.answers([DEFAULT_PROMPT], enable_thinking=False))
 
@@ -282,18 +286,18 @@ class Bench:
         if self.lm.vision is None:
             return
         for name, target, kind in PICTURE_SKILLS:
-            cases = distinct(shown(name, kind), name, number)
+            cases = self.cases(shown(name, kind), name, number)
             yield score(name, target, cases, self.answers(cases, enable_thinking=False))
 
     def tools(self, number: int) -> Iterable[Score]:
-        cases, options = distinct(calculation, "tool call", number), {"enable_thinking": False, "tools": [tiny_tools.CALCULATE]}
+        cases, options = self.cases(calculation, "tool call", number), {"enable_thinking": False, "tools": [tiny_tools.CALCULATE]}
         said = self.answers(cases, **options)
         yield score("tool call", 98, cases, said)
         # An answer can only use the result of a call that was right: the others count as wrong.
         called = [with_result(case, text) for case, (text, ended) in zip(cases, said, strict=True) if ended and case.right(text)]
         used = score("tool call and answer", 98, called, self.answers(called, **options))
         yield dataclasses.replace(used, cases=len(cases))
-        cases = distinct(choice, "tool choice", number)
+        cases = self.cases(choice, "tool choice", number)
         options["tools"] = [tiny_tools.CALCULATE, tiny_tools.WEATHER_TOOL]
         yield score("choice of tool", 95, cases, self.answers(cases, **options))
 
@@ -312,9 +316,9 @@ def main(arguments: list[str]) -> None:
     if arguments:
         raise UserError(f"unexpected argument {arguments[0]!r}: options start with --")
     forms = {"keep_fp8": KEEP_FP8.value, "fp8_activations": FP8_ACTIVATIONS.value}
-    bench, scores = Bench(qwen35_jax.load(CHECKPOINT.value, MESH.value, **forms), min(BATCH, CASES.value)), []
+    bench, scores = Bench(qwen35_jax.load(CHECKPOINT.value, MESH.value, **forms), min(BATCH, CASES.value), DRAW.value), []
     if not JSON.value:
-        print(f"{CHECKPOINT.value}, held-out cases, greedy, mesh {MESH.value}\n")
+        print(f"{CHECKPOINT.value}, held-out cases (draw {DRAW.value}), greedy, mesh {MESH.value}\n")
         print("| skill | cases | right | percent | target |\n|---|---|---|---|---|", flush=True)
     for part in (bench.plain, bench.tools, bench.pictures):
         for s in part(CASES.value):
