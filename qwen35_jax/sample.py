@@ -13,15 +13,17 @@ import json
 import os
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 
 import jax
 from absl import flags
+from etils import epath
 
 from qwen35_jax import hosts
 from qwen35_jax.chat import Chat
 from qwen35_jax.config import PRESETS, ModelConfig
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import UserError, writable
 from qwen35_jax.generate import LanguageModel, Piece, SamplingParams, load
 from qwen35_jax.generate.multimodal import Prepared, content_with_pictures
 from qwen35_jax.generate.sampling import LARGEST_SEED
@@ -268,6 +270,12 @@ def _checkpoint() -> str:
 
 def _make_writable(directory: str) -> None:
     """Makes the directory of the trace, which is written last: what is wrong with it is to be known first."""
+    if "://" in directory:  # the profiler writes to gs:// by itself
+        probe = epath.Path(directory) / f"writable-{uuid.uuid4().hex}"  # hosts do not meet there
+        with writable(directory):
+            probe.write_bytes(b"")
+            probe.unlink()
+        return
     try:
         os.makedirs(directory, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):

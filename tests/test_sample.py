@@ -269,6 +269,7 @@ WRONG = [
     (["--checkpoint", ""], "--checkpoint is empty"),
     (["--prompts_file", ""], "--prompts_file is empty"),
     (["--profile", ""], "--profile is empty"),
+    (["--profile", "s3://bucket/trace"], "could not write s3://bucket/trace: "),
     (["--profile", "0.8b/config.json"], "--profile 0.8b/config.json cannot be written to"),
     (["--profile", "0.8b/config.json/x"], "--profile 0.8b/config.json/x cannot be written to"),
     (["--seed", "99999999999999999999999", "--random_weights"], "seed"),
