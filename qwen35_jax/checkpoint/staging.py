@@ -2,8 +2,10 @@
 
 Locally, `DST.partial/` holds the work and a lock; it is cleared by the next run if a run was killed, and removed by one
 that failed. Object stores cannot rename: there DST itself is written, and the lock is an object that stands beside it
-until it is complete (`open_source` refuses DST while it does). The lock's name also says that its directory is ours: a
-DST.partial that holds anything else is left alone.
+until it is complete (`open_source` refuses DST while it does). No store says whether the run that left a lock lives: the
+one that does not find its own at the end fails and leaves a lock, so that what two wrote at once is not complete, and the
+next run clears it. The lock's name also says that its directory is ours: a DST.partial that holds anything else is left
+alone.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Iterator
 
 from etils import epath
@@ -76,13 +79,18 @@ def _local(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]
 
 @contextlib.contextmanager
 def _remote(destination: epath.Path, partial: epath.Path) -> Iterator[epath.Path]:
-    if (partial / LOCK).exists():
+    lock, owner = partial / LOCK, uuid.uuid4().hex
+    text = f"{destination} is being written by run {owner}; it is not complete while this object exists\n"
+    if lock.exists():
         for leftover in (destination, *destination.parent.glob(destination.name + ".partial_save*")):
             if leftover.exists():
                 leftover.rmtree()
     _claim(partial)
-    (partial / LOCK).write_text(f"{destination} is being written; it is not complete while this object exists\n")
+    lock.write_text(text)
     yield destination  # after an exception the lock stays: what was written is not taken for a checkpoint
+    if not lock.exists() or lock.read_text() != text:
+        lock.write_text(text)  # so that the other run fails too
+        raise UserError(f"another run wrote {destination} at the same time: end it, and run one of them again")
     partial.rmtree()
 
 

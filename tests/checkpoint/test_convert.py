@@ -178,6 +178,25 @@ def test_object_stores(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "hf", "out"]
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_two_at_once_in_a_bucket(bucket, nested):
+    """What two wrote is never complete, whichever of them ends first; a run alone clears it."""
+    first, second = (staging.staging(bucket / "out") for _ in range(2))
+    for run in (first, second):
+        (run.__enter__() / "config.json").write_text("{}")
+    if nested:
+        second.__exit__(None, None, None)
+    for run in (first,) if nested else (first, second):
+        with pytest.raises(UserError, match="another run wrote gs://bucket/out at the same time: end it"):
+            run.__exit__(None, None, None)
+        with pytest.raises(UserError, match="unfinished conversion"):
+            open_source(str(bucket / "out"))
+    with staging.staging(bucket / "out") as work:
+        assert not work.exists()
+        (work / "model.bin").write_text("whole")
+    assert [path.name for path in bucket.iterdir()] == ["out"]
+
+
 def test_reads_and_writes_a_bucket(tmp_path, bucket):
     """Byte ranges of a remote Hugging Face directory give what the local files do; an export goes back."""
     config = hf_config(moe=True)

@@ -186,6 +186,9 @@ def test_an_export_that_a_bucket_refuses_is_said_in_a_line(bucket, monkeypatch):
 
     export_hf(model.init_params(0), model.config, bucket / "out")
     assert len(open_source(str(bucket / "out")).tensors) > 9
+    (bucket / "out.partial" / LOCK).write_text("as after a kill")
+    export_hf(model.init_params(0), model.config, bucket / "out")
+    assert not (bucket / "out.partial").exists()
     monkeypatch.setattr(Bucket, "_open", refused)
     with pytest.raises(UserError, match="^could not write gs://bucket/new: Too Many Requests, 429$"):
         export_hf(model.init_params(0), model.config, bucket / "new")
