@@ -18,7 +18,11 @@ from qwen35_jax.sharding import make_mesh
 
 # A training step is a large program: optimised as for a run it takes the TPU compiler minutes of two cores, without a quarter of
 # that. Its buffers come out a little larger (docs/lab_notes.md).
-QUICK = {"optimization_level": "O0"} if jax.__version_info__ >= (0, 12) else {"exec_time_optimization_effort": -1.0}
+QUICK = (
+    {"optimization_level": "O0", "memory_fitting_level": "O0"}
+    if jax.__version_info__ >= (0, 12)
+    else {"exec_time_optimization_effort": -1.0}
+)
 FULL = 0.95  # a device is full at this part of its memory: runtime, buffers of collectives and fragments take the rest
 
 
