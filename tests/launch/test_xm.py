@@ -20,6 +20,8 @@ from absl.testing import flagsaver  # noqa: E402
 from google.auth import credentials  # noqa: E402
 from google.cloud.aiplatform_v1.services.job_service import JobServiceClient  # noqa: E402
 from google.cloud.aiplatform_v1.types import CustomJob  # noqa: E402
+from xmanager import xm as xm_core  # noqa: E402
+from xmanager import xm_local, xm_mock  # noqa: E402
 
 from launch import xm  # noqa: E402
 from launch.machines import parse_slice  # noqa: E402
@@ -69,6 +71,29 @@ def test_a_sweep_is_a_job_for_every_combination(tmp_path):
         for seed in (0, 1)
         for rate in ("1e-4", "3e-4")
     ]
+
+
+def test_a_sweep_in_the_mock_experiment(monkeypatch):
+    """XManager's own: of each combination one work unit, packaged in the experiment, for the local executor."""
+    experiment = xm_mock.MockExperiment()
+    packaged = []
+
+    def package(packageables):
+        packaged.extend(packageables)
+        return [xm_mock.MockExecutable() for _ in packageables]
+
+    monkeypatch.setattr(experiment, "package", package)
+    monkeypatch.setattr(xm_local, "create_experiment", lambda title: experiment)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["test"], known_only=True)
+    with flagsaver.flagsaver(sweep=["seed=1,2"]):
+        xm.main(["sample", "--prompt", "Why?"])
+    assert list(experiment.work_units) == [1, 2]
+    assert [(job.name, type(job.executor)) for job in experiment.launched_jobs] == [("sample", xm_local.Local)] * 2
+    binary = [each.executable_spec for each in packaged]
+    assert all(isinstance(each, xm_core.Binary) and each.path == sys.executable for each in binary)
+    words = [each.args.to_list(str) for each in packaged]
+    assert words == [["-m", "qwen35_jax.sample", "--prompt", "Why?", f"--seed={seed}"] for seed in (1, 2)]
 
 
 VERTEX = {"executor": "vertex", "slice": "h100:8", "image": "registry/image:1", "project": "my-project", "bucket": "my-bucket"}
