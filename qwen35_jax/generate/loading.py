@@ -30,6 +30,7 @@ from qwen35_jax.model import Model, VisionModel
 from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.sharding import Sharding, check_mesh, make_mesh
 from qwen35_jax.text import ChatTemplate, GenerationConfig, Tokenizer, read_generation_config
+from qwen35_jax.text.generation_config import LARGEST_ID
 from qwen35_jax.vision_io import VisionSettings
 
 TINY = ASSETS / "tiny"
@@ -153,7 +154,7 @@ def _generation_config(directory: epath.PathLike, config: dict, tokenizer: Token
     if not defaults.eos_token_ids:
         found = (config.get("text_config") or config).get("eos_token_id"), tokenizer and tokenizer.eos_token_id
         ids = [i for each in found for i in (each if isinstance(each, list) else [each])]
-        ends = dict.fromkeys(i for i in ids if isinstance(i, int) and not isinstance(i, bool))
+        ends = dict.fromkeys(i for i in ids if type(i) is int and 0 <= i <= LARGEST_ID)
         defaults = dataclasses.replace(defaults, eos_token_ids=tuple(ends))
     count = len(defaults.eos_token_ids)
     if count > MAX_END_TOKENS:

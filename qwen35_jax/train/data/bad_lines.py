@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from qwen35_jax.checkpoint.safetensors_file import is_local
-from qwen35_jax.errors import UserError
+from qwen35_jax.errors import reachable, writable
 
 FILE = "bad_lines.txt"
 
@@ -20,7 +20,8 @@ class BadLines:
     def __init__(self, workdir: epath.PathLike):
         self._file = epath.Path(workdir) / FILE
         self._writes = jax.process_index() == 0
-        stored = self._file.read_text() if self._writes and self._file.exists() else ""
+        with reachable(self._file):
+            stored = self._file.read_text() if self._writes and self._file.exists() else ""
         self._known = dict.fromkeys(stored.split("\n")[:-1])
         self._new: list[str] = []
 
@@ -35,15 +36,13 @@ class BadLines:
         """Writes what is new. UserError where the file cannot be written."""
         if not self._new:
             return
-        try:
+        with writable(self._file):
             self._file.parent.mkdir(parents=True, exist_ok=True)
             if is_local(self._file):
                 with self._file.open("a") as f:
                     f.write("".join(f"{text}\n" for text in self._new))
             else:  # object stores cannot append
                 self._file.write_text("".join(f"{text}\n" for text in self._known))
-        except OSError as e:
-            raise UserError(f"could not write {self._file}: {e.strerror or e}") from e
         self._new = []
 
     def close(self) -> None:
