@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta.gates import gates_of, padded
-from qwen35_jax.ops.gated_delta.gpu_chunks import CHUNK, SQUARES, WIDTH, bf16, chunk_kernel, f32, tiled
+from qwen35_jax.ops.gated_delta.gpu_chunks import BLOCK, CHUNK, NARROW, SQUARES, WIDTH, bf16, chunk_kernel, f32, tiled
 from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, gate_gradients, gradient_kernel
 from qwen35_jax.ops.gated_delta.gpu_states import HALF, PARTS, STAGES, forward_kernel, reverse_kernel
 from qwen35_jax.ops.gated_delta.kept import STATES, UPDATES
@@ -52,13 +53,14 @@ def _chunked(x):
 
 def _gate_rows(g, beta):
     """g, beta [B, M, N, C] -> [B, M, N, 6, C], the rows that `gpu_chunks.py` names."""
+    g = g * math.log2(math.e)
     coarse = jnp.floor(g * GRAIN + 0.5) / GRAIN  # multiples of 1 / GRAIN, which fp32 adds exactly, and rests
     until = jnp.triu(jnp.ones((CHUNK, CHUNK), f32))
     coarse, rest = jnp.matmul(jnp.stack([coarse, g - coarse]), until, precision="highest")
     after = (coarse[..., -1:] - coarse) + (rest[..., -1:] - rest)
-    before = jnp.exp(coarse + rest)
+    before = jnp.exp2(coarse + rest)
     total = jnp.broadcast_to(before[..., -1:], before.shape)
-    return jnp.stack([coarse, rest, beta, before, jnp.exp(after), total], axis=-2)
+    return jnp.stack([coarse, rest, beta, before, jnp.exp2(after), total], axis=-2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -81,6 +83,7 @@ def _chunks(q, k, gates, normalize_qk):
             tiled(CHUNK, WIDTH),
             plgpu.SMEM(gates.shape[3:], f32),
             tiled(SQUARES * CHUNK, CHUNK),
+            tiled(NARROW, CHUNK, BLOCK, row=BLOCK),
             plgpu.SMEM((CHUNK,), f32),
             plgpu.SMEM((4, CHUNK), f32),
             plgpu.Barrier(num_arrivals=3),
@@ -142,8 +145,9 @@ def _gradients(q, k, gates, scalars, updates, d_out, dv, states, d_states, norma
 
 
 def _launch(kernel, name: str, operands, outputs, grid: dict, scratch):
-    """Layouts are all given, and found by the assembler's older way (Lane): searching for them takes it minutes."""
-    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane)
+    """Layouts are all given, and found by the assembler's older way (Lane): searching for them takes it minutes. approx_math:
+    powers of two and roots as the device has them, to 2^-22; what they scale is rounded to 2^-9, or 2^-17 in two parts."""
+    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
     return plgpu.kernel(kernel, out_type=outputs, scratch_types=scratch, compiler_params=parameters, kernel_name=name, **grid)(
         *operands
     )
