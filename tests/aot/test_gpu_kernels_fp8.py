@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding
 
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
-from qwen35_jax.ops.fp8 import Fp8Operand, Fp8Weight, quantize_activation
+from qwen35_jax.ops.fp8 import Fp8Operand, Fp8Weight, quantize_activation, quantize_weight
 from qwen35_jax.ops.grouped_linear import grouped_linear
+from qwen35_jax.ops.hopper.rows import rows_times
 from qwen35_jax.ops.linear import linear
 from tests.aot.devices import target_devices
 from tests.aot.run import GPU_SETTINGS, SETTINGS
@@ -42,6 +43,13 @@ def _both(f, dy, *args):
     return y, back(dy)
 
 
+def _in_pairs(x, w):
+    """Both in FP8, by thread blocks that share their copies of x."""
+    x, w = quantize_activation(x), quantize_weight(w, (0, 1))
+    return rows_times(x.values, w.values.T[None], jnp.full(1, TOKENS, jnp.int32), transposed=True, x_scales=x.scales,
+                      w_scales=w.scales[None].astype(jnp.float32), out_dtype=jnp.bfloat16, pairs=True)  # fmt: skip
+
+
 def dense_products(config: ModelConfig, array):
     """Of one width in, one out: training, and FP8 weights with activations in FP8 and in bfloat16, of many and of few tokens."""
     spec, ins = "TD,DF->TF", config.hidden_size
@@ -53,6 +61,8 @@ def dense_products(config: ModelConfig, array):
 
     x, dy = array(TOKENS, ins), array(TOKENS, outs)
     yield lambda dy, x, w: _both(lambda x, w: multiply(x, Fp8Operand(w)), dy, x, w), (dy, x, array(ins, outs, dtype=jnp.float32))
+    if outs % 256 == 0:
+        yield _in_pairs, (array(TOKENS, ins), array(ins, outs))
     for tokens in (TOKENS, ODD, FEW):
         x = array(tokens, ins)
         yield lambda x, w: multiply(quantize_activation(x), w), (x, w)
@@ -114,6 +124,7 @@ def test_products_for_hopper(target, preset):
         pytest.skip("jax_cuda13_plugin or nvidia-cuda-nvdisasm is not installed: pip install -e '.[test,aot]'")
     kernels = compile_elsewhere(target, preset)
     print(target, preset, {name: [(a.registers, a.spilled) for a in found] for name, found in kernels.items()})
+    assert sum("UCGABAR_WAIT" in kernel.instructions for kernel in kernels["fp8_rows"]) == 1  # the blocks of a pair meet
     assert set(kernels) == KERNELS["experts" if ModelConfig.preset(preset).num_experts else "dense"]
     for name, found in kernels.items():
         for kernel in found:

@@ -21,6 +21,7 @@ from qwen35_jax.ops.fp8.reference import dequantize_reference, round_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.hopper import operands, ring
 from qwen35_jax.ops.hopper.gradients_fp8 import padded_blocks
+from qwen35_jax.ops.hopper.rows import rows_times
 from qwen35_jax.ops.hopper.tiles import ALIGNED, row_tiles, tile_count
 from qwen35_jax.ops.linear import linear
 from tests.ops import mosaic_gpu
@@ -214,14 +215,38 @@ def test_linear_both_in_fp8(monkeypatch, many):
     assert distance(back(dy)[0], want) < ROUNDED
 
 
+def in_pairs(sizes, rows: int, columns: int, pairs: bool):
+    """Rows times weights, both in FP8, by thread blocks alone or in pairs."""
+    x, w = quantize_activation(normal((rows, IN), 0)), weight((len(sizes), IN, columns), (1, 2))
+    multiply = functools.partial(rows_times, transposed=True, out_dtype=jnp.float32, pairs=pairs)
+    scales = {"x_scales": x.scales, "w_scales": w.scales.astype(jnp.float32)}
+    return jax.jit(multiply)(x.values, w.values.swapaxes(1, 2), jnp.asarray(sizes, jnp.int32), **scales)
+
+
+@pytest.mark.parametrize("sizes", [(131, 0, 140), pytest.param((300,), marks=SLOW), pytest.param((0, 0), marks=SLOW)])
+def test_blocks_in_pairs(monkeypatch, sizes):
+    """What two thread blocks copy for each other is what each copies alone: two pairs, of which one has a tile more."""
+    monkeypatch.setattr(ring, "SMS", 4)
+    alone, paired = (np.asarray(in_pairs(sizes, 400, 768, pairs)) for pairs in (False, True))
+    np.testing.assert_array_equal(alone, paired)
+    assert alone.any() == (sum(sizes) > 0)
+
+
+def test_pairs_need_an_even_number_of_tiles():
+    with pytest.raises(ValueError, match="even number of tiles, not fp8_rows with 3"):
+        in_pairs((300,), 300, 384, True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "training"])
+@pytest.mark.parametrize("kind", ["bfloat16", "fp8", "training", "pairs"])
 def test_no_races(kind):
     """What one warpgroup writes no other touches before it is told to: the interpreter raises where one does."""
     x, w = grouped_operands(70)
     sizes, dy = jnp.asarray((3, 0, 50, 17), jnp.int32), normal((70, OUT), 2, jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, on_race="raise")):
-        if kind == "fp8":
+        if kind == "pairs":
+            jax.block_until_ready(in_pairs((128, 128), 256, 512, True))
+        elif kind == "fp8":
             jax.block_until_ready(
                 jax.jit(lambda *a: grouped_linear(*a, implementation="pallas_gpu"))(x, weight(w.shape, (1, 2)), sizes)
             )

@@ -17,13 +17,16 @@ PRODUCER = 2  # of a block's three warpgroups, the one that copies
 SHARED_MEMORY = 225 * 2**10  # bytes of a block, less two KiB for barriers and alignment
 
 
-def persistent(body: Callable, name: str, out: jax.ShapeDtypeStruct, tiles: int) -> Callable:
-    """The kernel of `body`, which goes through at most `tiles` tiles, on all multiprocessors."""
+def persistent(body: Callable, name: str, out: jax.ShapeDtypeStruct, tiles: int, pairs: bool = False) -> Callable:
+    """The kernel of `body`, which goes through at most `tiles` tiles, on all multiprocessors; with `pairs` in pairs of thread
+    blocks, along the axis "pair", that go through pairs of tiles and can share a copy."""
+    cluster = {"cluster": (2,), "cluster_names": ("pair",)} if pairs else {}
     return plgpu.kernel(
         body,
         out_type=out,
-        grid=(min(SMS, tiles),),
+        grid=(min(SMS, tiles) // (2 if pairs else 1),),
         grid_names=("sm",),
+        **cluster,
         num_threads=3,
         thread_name="warpgroup",
         kernel_name=name,
@@ -43,11 +46,12 @@ def stages(stage: int, rest: int) -> int:
     return min(6, (SHARED_MEMORY - rest) // stage)
 
 
-def each(total: jax.Array | int, body: Callable) -> None:
-    """count = body(index, count) for this thread block's share of `total` indices; `count` is the position in the ring."""
+def each(total: jax.Array | int, body: Callable) -> jax.Array:
+    """count = body(index, count) for the share of `total` indices of this thread block, or pair of them; `count` is the position
+    in the ring. Returns the last."""
     here, blocks = lax.axis_index("sm"), lax.axis_size("sm")
     turns = lax.div(total - here + blocks - 1, blocks)
-    lax.fori_loop(0, turns, lambda i, count: body(here + i * blocks, count), jnp.int32(0))
+    return lax.fori_loop(0, turns, lambda i, count: body(here + i * blocks, count), jnp.int32(0))
 
 
 def each_tile(out: jax.Ref, shape: Shape, body: Callable) -> None:

@@ -28,16 +28,22 @@ LINE, START = 32, 4
 @dataclasses.dataclass(frozen=True)
 class Product:
     """What a kernel multiplies. transposed: w is [E, N, K], not [E, K, N]. scaled: x has scales, and w; opened: w is e4m3
-    and becomes x's dtype in shared memory."""
+    and becomes x's dtype in shared memory; pairs: two thread blocks share what they copy of x."""
 
     shape: Shape
     transposed: bool
     scaled: bool
     opened: bool
+    pairs: bool = False
 
     @property
     def name(self) -> str:
         return {(0, 0): "rows", (0, 1): "dequantized_rows", (1, 0): "fp8_rows", (1, 1): "upcast_rows"}[self.scaled, self.opened]
+
+    @property
+    def abreast(self) -> int:
+        """Columns of tiles that are made side by side."""
+        return 2 if self.pairs else 1
 
     @property
     def block(self) -> tuple[int, int]:
@@ -57,7 +63,7 @@ class Product:
         return stages(stage, shape.rows * shape.columns * out + (2 * math.prod(self.weights) if self.opened else 0))
 
 
-def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, out_dtype, parts=1) -> jax.Array:
+def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, out_dtype, parts=1, pairs=False) -> jax.Array:
     """Row r of group e of x [R, K] times w[e] -> [R, N] in `out_dtype`, float32 accumulation; zeros beyond the groups.
 
     w [E, K, N], or [E, N, K] where `transposed`. group_sizes [E] int32. x_scales [R, K/128]; w_scales [E, K/128, N/128];
@@ -66,9 +72,10 @@ def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, o
     fp8_rows: both e4m3 with scales and w transposed, sums of 128 terms in FP8, added in float32. upcast_rows: the same of
     a w that is not transposed, in float16, which holds every e4m3 number: half the speed, where that matters.
     parts: the summed axis is cut into so many, whose float32 products are added at the end.
+    pairs: thread blocks in pairs that copy each half of the rows of x for both; fp8_rows with an even number of tiles abreast.
     """
     scaled, opened = x_scales is not None, w_scales is not None and not transposed
-    product = Product(_shape(x, w, group_sizes.shape[0], transposed, scaled), transposed, scaled, opened)
+    product = Product(_shape(x, w, group_sizes.shape[0], transposed, scaled), transposed, scaled, opened, pairs)
     shape = product.shape
     if opened:
         x = x.astype(jnp.float16 if scaled else jnp.bfloat16)
@@ -82,9 +89,12 @@ def rows_times(x, w, group_sizes, *, transposed, x_scales=None, w_scales=None, o
         scales.append(jnp.pad(w_scales, ((0, 0), (0, 0), (0, LINE + -w_scales.shape[2] % START))))
     table = row_tiles(group_sizes, padded, shape.rows)
     columns = width // shape.columns
+    if pairs and (product.name != "fp8_rows" or columns % 2):
+        raise ValueError(f"pairs are for fp8_rows with an even number of tiles, not {product.name} with {columns}")
     tiles = tile_count(padded, group_sizes.shape[0], shape.rows) * columns * parts
     out = jax.ShapeDtypeStruct((parts, padded, width), jnp.float32 if parts > 1 else out_dtype)
-    out = persistent(functools.partial(_kernel, product, parts), product.name, out, tiles)(x, w, *scales, *table)
+    kernel = persistent(functools.partial(_kernel, product, parts), product.name, out, tiles, pairs)
+    out = kernel(x, w, *scales, *table)
     out = out[0] if parts == 1 else out.sum(0).astype(out_dtype)
     return out[:rows]
 
@@ -110,7 +120,7 @@ def _kernel(product: Product, parts: int, *refs):
         "x_ring": buffers(count, (shape.rows, shape.depth), x.dtype),
         "w_ring": buffers(count, product.block, w.dtype, 64 if product.opened else 128),
         "full": plgpu.Barrier(num_arrivals=2 + product.scaled + (w_scales is not None), num_barriers=count),
-        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=count),
+        "empty": _empty(product, count),
         "staged": staging(shape.part, out.dtype),
     }
     if product.scaled:
@@ -126,6 +136,13 @@ def _kernel(product: Product, parts: int, *refs):
         pl.when(lax.axis_index("warpgroup") != PRODUCER)(state.multiply)
 
     pl.run_scoped(run, **scratch, collective_axes="warpgroup")
+
+
+def _empty(product: Product, count: int):
+    """The barriers at which the multiplying warpgroups give buffers back: to both blocks of a pair, which fill them together."""
+    if product.pairs:
+        return plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=2, num_barriers=count)
+    return plgpu.Barrier(num_arrivals=2, num_barriers=count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,18 +171,21 @@ class _Kernel:
         return self.full.shape[0]
 
     def _tiles(self, body):
-        """body(tile, group, start, first step, end) -> for every tile of this block; `count` carries the ring's position."""
+        """count = body(part, row, column, count) for every tile of this block; `count`: the position in the ring. -> the last"""
         *_, total = self.table
-        columns = self.out.shape[2] // self.product.shape.columns
-        band = _band(columns)
+        abreast = self.product.abreast
+        columns = self.out.shape[2] // self.product.shape.columns // abreast
+        band = _band(columns, 8 // abreast)
 
         def tile(index, count):
             part, index = lax.rem(index, self.parts), lax.div(index, self.parts)
             row = lax.rem(lax.div(index, band), total[0])
             column = lax.div(index, band * total[0]) * band + lax.rem(index, band)
+            if abreast > 1:
+                column = column * abreast + lax.axis_index("pair")
             return body(part, row, column, count)
 
-        each(total[0] * (columns * self.parts), tile)
+        return each(total[0] * (columns * self.parts), tile)
 
     def _steps(self, part, group):
         """The first step and the number of steps along the summed axis: none for rows without a group."""
@@ -176,6 +196,7 @@ class _Kernel:
         """The producer's program."""
         shape = self.product.shape
         groups, starts, *_ = self.table
+        both = "pair" if self.product.pairs else None
 
         def tile(part, row, column, count):
             group, start = groups[row], starts[row]
@@ -193,7 +214,7 @@ class _Kernel:
                 columns = pl.ds(column * shape.columns, shape.columns)
                 block = (columns, depth) if self.product.transposed else (depth, columns)
                 k_block = lax.div((first + j) * shape.depth, BLOCK)
-                plgpu.copy_gmem_to_smem(self.x.at[rows, depth], self.x_ring.at[slot], self.full.at[slot])
+                plgpu.copy_gmem_to_smem(self.x.at[rows, depth], self.x_ring.at[slot], self.full.at[slot], collective_axes=both)
                 plgpu.copy_gmem_to_smem(self.w.at[group, *block], self.w_ring.at[slot], self.full.at[slot])
                 if self.x_scales is not None:
                     source = self.x_scales.at[k_block, rows]
@@ -206,7 +227,10 @@ class _Kernel:
 
             return lax.fori_loop(0, steps, step, count)
 
-        self._tiles(tile)
+        count = self._tiles(tile)
+        if self.product.pairs:  # the other block still gives back buffers: not to one that has ended
+            last = jnp.maximum(count - self.stages, 0)
+            lax.fori_loop(last, count, lambda i, _: plgpu.barrier_wait(self.empty.at[lax.rem(i, self.stages)]), None)
 
     def multiply(self):
         """The program of the two others."""
@@ -258,6 +282,8 @@ class _Kernel:
                 return sums[...]
 
             block = pl.run_scoped(dot, plgpu.ACC(shape.part))
+            if self.product.pairs:
+                plgpu.commit_smem()  # one thread gives the buffer back: when all of them have read it
             plgpu.barrier_arrive(self.empty.at[slot])
             return count + 1, total + block * lax.broadcast_in_dim(scales, shape.part, (0,))
 
@@ -347,7 +373,7 @@ class _Kernel:
         plgpu.commit_smem()
 
 
-def _band(columns: int) -> int:
+def _band(columns: int, most: int = 8) -> int:
     """Columns of tiles that are gone through row by row before the next: what one row of tiles reads of w stays in the
     cache for the next, and what eight columns read of x for each other."""
-    return max(n for n in range(1, 9) if columns % n == 0)
+    return max(n for n in range(1, most + 1) if columns % n == 0)
