@@ -8,6 +8,8 @@ of the next, and nothing of the chain through a chunk goes through shared memory
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -45,6 +47,12 @@ def load_turned(ref) -> jax.Array:
     return plgpu.layout_cast(plgpu.load(turned(ref), layout=plgpu.Layout.WGMMA_TRANSPOSED), plgpu.Layout.WGMMA)
 
 
+def widened(x: jax.Array) -> jax.Array:
+    """bfloat16 as float32, by its bits: of a number just rounded the compiler makes a conversion at a quarter of the rate."""
+    bits = lax.bitcast_convert_type(x, jnp.int16).astype(jnp.int32)
+    return lax.bitcast_convert_type(lax.shift_left(bits, jnp.int32(16)), f32)
+
+
 def store_turned(ref, x: jax.Array) -> None:
     turned(ref)[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
@@ -70,7 +78,8 @@ class _Ring:
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.loaded.at[slot])
 
     def drain(self, body, carry):
-        """body(step, chunk in shared memory, carry) -> carry, for each chunk, in both warpgroups."""
+        """body(step, chunk in shared memory, load the next, carry) -> carry, for each chunk, in both warpgroups. The body calls
+        `load the next` where it would wait for something else."""
         leader = lax.axis_index("part") == 0
 
         @pl.when(leader)
@@ -78,7 +87,7 @@ class _Ring:
             for step in range(min(STAGES - 1, self.chunks)):
                 self._load(step, step)
 
-        def take(step, carry):
+        def load_next(step):
             ahead = step + STAGES - 1
             slot = lax.rem(ahead, STAGES)
 
@@ -87,9 +96,11 @@ class _Ring:
                 pl.when(step > 0)(lambda: plgpu.barrier_wait(self.consumed.at[slot]))
                 self._load(ahead, slot)
 
+        def take(step, carry):
             slot = lax.rem(step, STAGES)
             plgpu.barrier_wait(self.loaded.at[slot])
-            carry = body(step, Chunk(*(buffer.at[slot] for buffer in self.buffers)), carry)
+            chunk = Chunk(*(buffer.at[slot] for buffer in self.buffers))
+            carry = body(step, chunk, functools.partial(load_next, step), carry)
             plgpu.commit_smem()  # the TMA may write what was read here only after a fence
             plgpu.barrier_arrive(self.consumed.at[slot])
             return carry
@@ -139,18 +150,32 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
     b, n, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
     rows = pl.ds(part * HALF, HALF)
 
-    def step(m, chunk, state):
+    def step(m, chunk, load_next, state):
         low = state.astype(bf16)
-        if saved:
-            _send(low, state_smem.at[part], saved[0].at[b, m, n, rows])
-        k_read, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))])
-        right = load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
-        update = solve(right, *(turned(chunk.square(i)) for i in (INVERSE, INVERSE_REST))).astype(bf16)
-        if saved:
-            _send(update, out_smem.at[part], saved[1].at[b, m, n, rows])
-        written = (chunk.per_token(WRITE) * update.astype(f32)).astype(bf16)
-        gained, mixed = products([(written, chunk.k)], [(update, turned(chunk.square(MIXING)))])
-        state, out = chunk.across() * state + gained, chunk.per_token(OUT) * q_read + mixed
+
+        def send_state():
+            load_next()
+            if saved:
+                _send(low, state_smem.at[part], saved[0].at[b, m, n, rows])
+
+        def right(k_read):
+            return load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
+
+        right, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))], meanwhile=send_state, first=right)
+        update = solve(right, *(turned(chunk.square(i)) for i in (INVERSE, INVERSE_REST)))
+        update = update.astype(bf16)
+        written = (chunk.per_token(WRITE) * widened(update)).astype(bf16)
+
+        def send_update():
+            if saved:
+                _send(update, out_smem.at[part], saved[1].at[b, m, n, rows])
+
+        def after(gained):
+            return chunk.across() * state + gained
+
+        sums = [(written, chunk.k)], [(update, turned(chunk.square(MIXING)))]
+        state, mixed = products(*sums, meanwhile=send_update, first=after)
+        out = chunk.per_token(OUT) * q_read + mixed
         _send_turned(out.astype(bf16), out_smem.at[part], out_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
         return state
 
@@ -170,18 +195,25 @@ def reverse_kernel(chunks: int, group: int, q_ref, k_ref, d_out_ref, squares_ref
     b, n, part = (lax.axis_index(name) for name in ("batch", "head", "part"))
     rows = pl.ds(part * HALF, HALF)
 
-    def step(i, chunk, d_state):
+    def step(i, chunk, load_next, d_state):
         m = chunks - 1 - i
-        low = d_state.astype(bf16)
-        _send(low, state_smem.at[part], d_states_ref.at[b, m, n, rows])
-        d_out = load_turned(chunk.values.at[:, rows])
-        mixed, k_d_state = products([(d_out, chunk.square(MIXING))], [(low, turned(chunk.k))])
+        low, d_out = d_state.astype(bf16), load_turned(chunk.values.at[:, rows])
+
+        def send_state():
+            load_next()
+            _send(low, state_smem.at[part], d_states_ref.at[b, m, n, rows])
+
+        mixed, k_d_state = products([(d_out, chunk.square(MIXING))], [(low, turned(chunk.k))], meanwhile=send_state)
         d_update = mixed + chunk.per_token(WRITE) * k_d_state
         dv = solve(d_update, *(chunk.square(i) for i in (INVERSE, INVERSE_REST)))
-        _send_turned(dv.astype(bf16), dv_smem.at[part], dv_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
         d_k_read = (-chunk.per_token(READ) * dv).astype(bf16)
         d_q_read = (chunk.per_token(OUT) * d_out.astype(f32)).astype(bf16)
-        return chunk.across() * d_state + product((d_k_read, chunk.k), (d_q_read, chunk.q))
+
+        def send_dv():
+            _send_turned(dv.astype(bf16), dv_smem.at[part], dv_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
+
+        (gained,) = products([(d_k_read, chunk.k), (d_q_read, chunk.q)], meanwhile=send_dv)
+        return chunk.across() * d_state + gained
 
     d_state = ring.drain(step, _load_state(d_final_ref.at[b, n, rows]))
     store_anyhow(d_first_ref.at[b, n, rows], d_state)

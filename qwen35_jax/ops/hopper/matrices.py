@@ -8,8 +8,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def products(*sums) -> list[jax.Array]:
-    """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun before one is awaited.
+def products(*sums, meanwhile=lambda: None, first=lambda x: x) -> list[jax.Array]:
+    """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun, then `meanwhile` is called,
+    before one is awaited. In place of the first is first(it), which is computed while the others are still multiplied.
 
     x lies in registers or shared memory, y in shared memory.
     """
@@ -18,7 +19,9 @@ def products(*sums) -> list[jax.Array]:
         for acc, pairs in zip(accumulators, sums, strict=True):
             for x, y in pairs:
                 plgpu.wgmma(acc, x, y)
-        return [acc[...] for acc in accumulators]
+        meanwhile()
+        awaited = first(plgpu.wgmma_accumulator_load(accumulators[0], wait_n=sum(map(len, sums[1:]))))
+        return [awaited, *(acc[...] for acc in accumulators[1:])]
 
     return pl.run_scoped(multiply, *(plgpu.ACC((s[0][0].shape[0], s[0][1].shape[1]), jnp.float32) for s in sums))
 
