@@ -30,8 +30,11 @@ make = functools.partial(cases.make, time=150, keys=1, heads=2, dtype="bfloat16"
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreted():
-    with mosaic_gpu.run_or_interpreted() if HAS_MOSAIC_GPU else contextlib.nullcontext():
-        yield
+    """Two thread blocks that go through chunks, so that each takes several."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu, "SMS", 2)
+        with mosaic_gpu.run_or_interpreted() if HAS_MOSAIC_GPU else contextlib.nullcontext():
+            yield
 
 
 def slow(*values):

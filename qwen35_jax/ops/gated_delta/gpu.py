@@ -20,6 +20,7 @@ from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, gate_gradients, gradi
 from qwen35_jax.ops.gated_delta.gpu_states import HALF, PARTS, STAGES, forward_kernel, reverse_kernel
 from qwen35_jax.ops.gated_delta.kept import STATES, UPDATES
 from qwen35_jax.ops.gated_delta.xla import GRAIN
+from qwen35_jax.ops.hopper.ring import SMS
 
 
 def supports(key_width: int, value_width: int, dtype: str) -> bool:
@@ -121,21 +122,23 @@ def _gradients(q, k, gates, scalars, updates, d_out, dv, states, d_states, norma
         "gated_delta_gradients",
         (q, k, gates, scalars, updates, d_out, dv, states, d_states),
         [tokens, tokens, jax.ShapeDtypeStruct((*gates.shape[:3], ROWS, CHUNK), f32)],
-        dict(grid=(heads, gates.shape[1], batch), grid_names=("head", "chunk", "batch"), num_threads=2, thread_name="part"),
+        dict(grid=(min(SMS, math.prod(gates.shape[:3])),), grid_names=("sm",), num_threads=2, thread_name="part"),
         [
-            tiled(2, CHUNK, WIDTH),
-            plgpu.SMEM(gates.shape[3:], f32),
-            plgpu.SMEM((4, CHUNK), f32),
-            tiled(WIDTH, CHUNK),
-            tiled(2, CHUNK, WIDTH),
-            tiled(WIDTH, WIDTH),
-            tiled(WIDTH, WIDTH),
-            tiled(2, CHUNK, CHUNK),
-            tiled(CHUNK, CHUNK),
-            plgpu.SMEM((CHUNK,), f32),
-            plgpu.SMEM((ROWS, CHUNK), f32),
-            plgpu.Barrier(num_arrivals=6),
+            tiled(2, 2, CHUNK, WIDTH),
+            plgpu.SMEM((2, *gates.shape[3:]), f32),
+            plgpu.SMEM((1, 4, CHUNK), f32),
+            tiled(1, WIDTH, CHUNK),
+            tiled(1, 2, CHUNK, WIDTH),
+            tiled(1, WIDTH, WIDTH),
+            tiled(1, WIDTH, WIDTH),
+            tiled(1, 2, CHUNK, CHUNK),
+            tiled(1, CHUNK, CHUNK),
+            plgpu.SMEM((1, CHUNK), f32),
+            plgpu.SMEM((1, ROWS, CHUNK), f32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=2),
+            plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=3),
+            plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_arrivals=2),
         ],
     )

@@ -1,14 +1,14 @@
 """The gradient of the gated delta rule once the state's is known, as a Pallas kernel for Hopper (Mosaic GPU).
 
-Nothing is carried from chunk to chunk here: every chunk of every value head is a block of its own. In the units of
+Nothing is carried from chunk to chunk here: thread blocks go through the chunks of all value heads and fetch the next while
+they compute one, since two of them do not fit into a multiprocessor. In the units of
 `gpu_chunks.py`, with S the state before the chunk, dS the gradient of the state after it and dR = dv:
 
     dP = d_out u^T;  dL = -tril(dR u^T, -1);  Y = s D w dP;  X = r D w dL
     dq = s a (d_out S^T) + Y k;  dk = -r a (dR S^T) + b w (u dS^T) + (X + X^T) k + Y^T q
 
 One warpgroup takes the queries, one the keys. The gradient of g is summed over the spans that cross each token, as in
-`tpu_backward.py`; `gate_gradients` finishes it. A loop over the value heads of a key head would save the sum of their dq
-and dk afterwards, but the addresses that the compiler computes ahead of such a loop fill the registers.
+`tpu_backward.py`; `gate_gradients` finishes it.
 """
 
 from __future__ import annotations
@@ -53,30 +53,56 @@ class _Block:
     def __init__(self, normalize: bool, group: int, refs):
         (self.q_ref, self.k_ref, self.gates_ref, self.scalars_ref, self.updates_ref, self.d_out_ref, self.dv_ref,
          self.states_ref, self.d_states_ref, self.dq_ref, self.dk_ref, self.rows_ref,
-         self.tokens, self.gates, self.scalars, self.updates, self.rights, self.state, self.d_state,
-         self.squares, self.earlier, self.lengths, self.rows, self.loaded, self.states_loaded, self.together) = refs  # fmt: skip
-        self.normalize = normalize
-        n, m, b = (lax.axis_index(name) for name in ("head", "chunk", "batch"))
-        self.chunk, self.values = (b, m, n), (b, pl.ds(m * CHUNK, CHUNK), n)
-        self.keys = b, pl.ds(m * CHUNK, CHUNK), lax.div(n, jnp.int32(group))
+         self.all_tokens, self.all_gates, *self.single,
+         self.tokens_loaded, self.updates_loaded, self.states_loaded, self.rights_loaded, self.together) = refs  # fmt: skip
+        self.normalize, self.group = normalize, group
+        batch, chunks, heads = self.gates_ref.shape[:3]
+        self.sizes, self.total = (batch, chunks, heads), batch * chunks * heads
 
-    def load(self) -> None:
-        """What the scores need, then, while those are computed, the states."""
+    def place(self, item):
+        """Of a chunk of a value head: its index, its rows of q and k, and of what a value head has."""
+        _, chunks, heads = self.sizes
+        n, m, b = lax.rem(item, heads), lax.rem(lax.div(item, heads), chunks), lax.div(item, heads * chunks)
+        tokens = pl.ds(m * CHUNK, CHUNK)
+        return (b, m, n), (b, tokens, lax.div(n, jnp.int32(self.group))), (b, tokens, n)
+
+    def take(self, turn, item) -> None:
+        """Makes this the chunk that is computed. The compiler would compute all addresses in shared memory ahead of the loop, and
+        spill them, if they did not depend on the turn: `turn >> 20` is zero, which it does not know."""
+        slot = lax.rem(turn, 2)
+        self.tokens, self.gates, self.slot = self.all_tokens.at[slot], self.all_gates.at[slot], slot
+        self.chunk, _, self.values = self.place(item)
+        self.single_at(lax.shift_right_logical(turn, jnp.int32(20)))
+
+    def single_at(self, zero) -> None:
+        """Names the buffers of which there is one."""
+        (self.scalars, self.updates, self.rights, self.state, self.d_state,
+         self.squares, self.earlier, self.lengths, self.rows) = (ref.at[zero] for ref in self.single)  # fmt: skip
+
+    def load_tokens(self, turn, item) -> None:
+        slot = lax.rem(turn, 2)
+        chunk, keys, _ = self.place(item)
         for source, buffer in (
-            (self.q_ref.at[self.keys], self.tokens.at[QUERIES]),
-            (self.k_ref.at[self.keys], self.tokens.at[KEYS]),
-            (self.gates_ref.at[self.chunk], self.gates),
-            (self.d_out_ref.at[self.values], self.rights.at[QUERIES]),
-            (self.dv_ref.at[self.values], self.rights.at[KEYS]),
-            (self.updates_ref.at[self.chunk], self.updates),
+            (self.q_ref.at[keys], self.all_tokens.at[slot, QUERIES]),
+            (self.k_ref.at[keys], self.all_tokens.at[slot, KEYS]),
+            (self.gates_ref.at[chunk], self.all_gates.at[slot]),
         ):
-            plgpu.copy_gmem_to_smem(source, buffer, self.loaded)
+            plgpu.copy_gmem_to_smem(source, buffer, self.tokens_loaded.at[slot])
+
+    def load_states(self, item) -> None:
+        """The updates, of which the scores are made, and then the states."""
+        chunk, *_ = self.place(item)
+        plgpu.copy_gmem_to_smem(self.updates_ref.at[chunk], self.updates, self.updates_loaded)
         for source, buffer in (
-            (self.states_ref.at[self.chunk], self.state),
-            (self.d_states_ref.at[self.chunk], self.d_state),
-            (self.scalars_ref.at[self.chunk], self.scalars),
+            (self.states_ref.at[chunk], self.state),
+            (self.d_states_ref.at[chunk], self.d_state),
+            (self.scalars_ref.at[chunk], self.scalars),
         ):
             plgpu.copy_gmem_to_smem(source, buffer, self.states_loaded)
+
+    def load_right(self, part: int, item) -> None:
+        source = (self.d_out_ref, self.dv_ref)[part].at[self.place(item)[2]]
+        plgpu.copy_gmem_to_smem(source, self.rights.at[part], self.rights_loaded.at[part])
 
     def meet(self) -> None:
         plgpu.barrier_arrive(self.together)
@@ -84,10 +110,14 @@ class _Block:
 
     def through_scores(self, part: int, factor: jax.Array) -> None:
         """Leaves Y of queries, X of keys in their square; writes the rows of spans and of weights. factor: s, or -r."""
-        d_scores = product((self.rights.at[part], self.updates)) * per_row(factor) * decay_between(self.gates)
+        between = per_row(factor) * decay_between(self.gates)
         if part == KEYS:
-            d_scores = strictly_lower(d_scores)
-        both = d_scores * product((self.tokens.at[part], turned(self.tokens.at[KEYS])))
+            between = strictly_lower(between)
+        scores = product((self.tokens.at[part], turned(self.tokens.at[KEYS])))
+        plgpu.barrier_wait(self.updates_loaded)
+        plgpu.barrier_wait(self.rights_loaded.at[part])
+        d_scores = product((self.rights.at[part], self.updates)) * between
+        both = d_scores * scores
         lengths = on_columns(self.lengths)
         weights = per_column(lengths * on_columns(self.gates.at[BETA]))
         self.rows[WEIGHTS + part] = jnp.sum(both, axis=0) * lengths
@@ -113,21 +143,53 @@ class _Block:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.rights.at[part], ref.at[self.values])
 
+    def finish(self, part: int, following, more) -> None:
+        """Waits until what was written has left, and fetches what stands in its place next."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        pl.when(more)(lambda: self.load_right(part, following))
+        self.meet()  # all of this chunk has been read
+
 
 def gradient_kernel(normalize: bool, group: int, *refs):
-    """Grid (value head, chunk, batch). q, k [B, T, K, Hk]; gates [B, M, N, 6, C] and scalars of `chunk_kernel`; updates
-    [B, M, N, Hv, C]; d_out, dv [B, T, N, Hv]; states and d_states [B, M, N, Hv, Hk] -> dq and dk of each value head
-    [B, T, N, Hk] and the rows [B, M, N, ROWS, C] fp32."""
+    """Grid (multiprocessor), each with its share of the chunks of all value heads. q, k [B, T, K, Hk]; gates [B, M, N, 6, C] and
+    scalars of `chunk_kernel`; updates [B, M, N, Hv, C]; d_out, dv [B, T, N, Hv]; states and d_states [B, M, N, Hv, Hk] -> dq
+    and dk of each value head [B, T, N, Hk] and the rows [B, M, N, ROWS, C] fp32."""
     block = _Block(normalize, group, refs)
     part = lax.axis_index("part")
-    pl.when(part == QUERIES)(lambda: _queries(block))
-    pl.when(part == KEYS)(lambda: _keys(block))
+    first = lax.axis_index("sm")
+    block.single_at(0)
+
+    @pl.when(part == QUERIES)
+    def _():
+        block.load_tokens(0, first)
+        block.load_right(QUERIES, first)
+        block.load_states(first)
+        block.earlier[...] = jnp.where(index(0) < index(1), 1.0, 0.0).astype(bf16)
+        _each(block, _queries)
+
+    @pl.when(part == KEYS)
+    def _():
+        block.single_at(0)
+        block.load_right(KEYS, first)
+        _each(block, _keys)
 
 
-def _queries(block: _Block) -> None:
-    block.load()
-    block.earlier[...] = jnp.where(index(0) < index(1), 1.0, 0.0).astype(bf16)
-    plgpu.barrier_wait(block.loaded)
+def _each(block: _Block, body) -> None:
+    """body(turn, next one, whether there is one) for each chunk that is this thread block's."""
+    blocks, first = lax.axis_size("sm"), lax.axis_index("sm")
+    turns = lax.div(block.total - first + blocks - 1, blocks)
+
+    def step(turn, _):
+        item = first + turn * blocks
+        block.take(turn, item)
+        body(block, turn, item + blocks, turn + 1 < turns)
+
+    lax.fori_loop(0, turns, step, None)
+
+
+def _queries(block: _Block, turn, following, more) -> None:
+    pl.when(more)(lambda: block.load_tokens(turn + 1, following))
+    plgpu.barrier_wait(block.tokens_loaded.at[block.slot])
     length = inverse_length(block.tokens.at[QUERIES], block.normalize)
     plgpu.commit_smem()
     block.meet()  # the lengths of keys, and `earlier`
@@ -136,11 +198,13 @@ def _queries(block: _Block) -> None:
     plgpu.barrier_wait(block.states_loaded)
     block.rows[CROSSED] = _crossed(block)
     dq = block.through_state(QUERIES, on_rows(block.scalars.at[OUT]))
-    block.meet()  # the rows, and Y
+    plgpu.commit_smem()
+    block.meet()  # the rows, and Y; the states have been read
+    pl.when(more)(lambda: block.load_states(following))
     dq += product((block.squares.at[QUERIES], block.tokens.at[KEYS]))
     block.write(QUERIES, dq, length, block.dq_ref)
     plgpu.copy_smem_to_gmem(block.rows, block.rows_ref.at[block.chunk])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    block.finish(QUERIES, following, more)
 
 
 def _crossed(block: _Block) -> jax.Array:
@@ -154,8 +218,8 @@ def _crossed(block: _Block) -> jax.Array:
     return total
 
 
-def _keys(block: _Block) -> None:
-    plgpu.barrier_wait(block.loaded)
+def _keys(block: _Block, turn, following, more) -> None:
+    plgpu.barrier_wait(block.tokens_loaded.at[block.slot])
     length = inverse_length(block.tokens.at[KEYS], block.normalize)
     block.lengths[...] = length
     block.meet()
@@ -171,7 +235,7 @@ def _keys(block: _Block) -> None:
     keys, queries = block.tokens.at[KEYS], block.tokens.at[QUERIES]
     dk += product((lower, keys), (turned(lower), keys), (turned(mixing), queries))
     block.write(KEYS, dk, length, block.dk_ref)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    block.finish(KEYS, following, more)
 
 
 def gate_gradients(rows: jax.Array, gates: jax.Array) -> tuple[jax.Array, jax.Array]:
