@@ -158,10 +158,8 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
             if saved:
                 _send(low, state_smem.at[part], saved[0].at[b, m, n, rows])
 
-        def right(k_read):
-            return load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
-
-        right, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))], meanwhile=send_state, first=right)
+        k_read, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))], meanwhile=send_state)
+        right = load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
         update = solve(right, *(turned(chunk.square(i)) for i in (INVERSE, INVERSE_REST)))
         update = update.astype(bf16)
         written = (chunk.per_token(WRITE) * widened(update)).astype(bf16)
