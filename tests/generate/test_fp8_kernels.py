@@ -63,7 +63,7 @@ def random_model(request, tmp_path_factory):
     tensors = {n: x if x.ndim < 2 else (x.astype(np.float32) / 16).astype(x.dtype) for n, x in tensors.items()}
     path = tmp_path_factory.mktemp("fp8")
     convert(str(write(path / "bf16", config, tensors)), str(path / "fp8"), quantize="fp8", progress=False)
-    return path / "fp8", np.random.default_rng(0).integers(0, 96, (1, 48))
+    return path / "fp8", np.random.default_rng(0).integers(0, 96, (1, 64))
 
 
 @pytest.mark.slow
@@ -82,24 +82,24 @@ def test_kernels_and_xla_forms_agree(random_model):
 
 @pytest.mark.slow
 def test_kernels_and_xla_forms_agree_in_fp8(random_model):
-    """Activations in FP8 too. The forms add float32 in other orders, so what is quantised differs by 6e-7, and an activation that
-    lies that near the middle of two e4m3 numbers is rounded to the other one: -184.00002 and -183.99998 of its scale became -192
-    and -176. In the dense model two of the first 65,536 are, which changes what follows in their rows; at the second layer's
-    input 69 differ, and behind its attention 3, 4 and 11 in a hundred; a token can go to another expert. So few positions differ,
-    but visibly: the mean KL is 1.6e-4, not below 1e-5 as where activations are rounded alike (the next test). The XLA form on two
-    devices differs so from itself on one; only sums equal to the last bit would not. Hence bounds of the median, and of the mean
-    beside the KL that quantising activations costs at all, 1.5e-2 and more."""
+    """Activations in FP8 too; only the FP8 products are kernels. An activation that lies beside the middle of two e4m3 numbers is
+    rounded to the other one where what is quantised differs in its last bits, -184.00002 and -183.99998 of its scale to -192 and
+    -176, which changes all that follows in its row: a KL of 1e-3. So the forms agree where they do the same arithmetic in the
+    same order, and several inputs are needed to see that they do. Sums over devices are in another order: the XLA form on two
+    devices may differ from itself on one, by far less than the KL that quantising activations costs at all."""
     path, tokens = random_model
     options = {"dtype": "float32", "keep_fp8": True, "fp8_activations": True}
     lm = qwen35_jax.load(path, **options)
-    want = lm.logits(tokens)
-    kernels = divergences(want, with_kernels(lm).logits(tokens))
+    kernels, want = with_kernels(lm), lm.logits(tokens)
+    inputs = [tokens, *(np.random.default_rng(seed).integers(0, 96, tokens.shape) for seed in range(1, 6))]
+    found = [divergences(lm.logits(x), kernels.logits(x)) for x in inputs]
     control = divergences(want, qwen35_jax.load(path, mesh="1x2", **options).logits(tokens))
     weights_alone = divergences(want, qwen35_jax.load(path, dtype="float32", keep_fp8=True).logits(tokens))
-    for name, x in (("kernels", kernels), ("XLA on 1x2", control), ("weights alone", weights_alone)):
+    for name, x in (*(("kernels", x) for x in found), ("XLA on 1x2", control), ("weights alone", weights_alone)):
         print(f"{name}: mean {x.mean():.1e}, median {np.median(x):.1e}, largest {x.max():.1e}")
-    assert max(np.median(kernels), np.median(control)) < 1e-8  # where nothing was rounded otherwise, the same numbers
-    assert max(kernels.mean(), control.mean()) < 0.05 * weights_alone.mean()  # and all in all the same arithmetic
+    assert max(x.mean() for x in found) < 1e-5
+    assert np.median(control) < 1e-8  # where nothing was rounded otherwise, the same numbers
+    assert control.mean() < 0.05 * weights_alone.mean()  # and all in all the same arithmetic
 
 
 class Rounding:

@@ -16,6 +16,7 @@ from qwen35_jax.ops.forms import resolve_forms
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, tpu
 from qwen35_jax.ops.fp8.reference import dequantize_reference
 from qwen35_jax.ops.grouped_linear import grouped_linear
+from qwen35_jax.ops.grouped_linear.fp8 import ragged_blocks
 from qwen35_jax.ops.grouped_linear.tpu import visits
 from qwen35_jax.ops.linear import linear
 from tests.ops.fp8_operands import (
@@ -140,6 +141,33 @@ def test_a_broken_row_stays_in_its_group(kind):
     y = np.asarray(run_grouped(x, w, jnp.asarray([4, 0, 30, 2])))
     assert np.isnan(y[3]).all() and np.isfinite(np.delete(y, 3, 0)).all()
     assert distance(y[4:], expected_grouped(exact, exact_w, (4, 0, 30, 2))[0][4:]) < 1e-6
+
+
+def alike(op, *arguments, **options):
+    """What the kernel and the XLA form give, if nearly all of it is the same to the bit: to XLA on the CPU these are products of
+    matrices of other shapes, and of some it adds the terms in another order. Scales that are multiplied in another order, or
+    blocks added in another, change one number in two."""
+    forms = (functools.partial(op, implementation=form, **options) for form in ("pallas_tpu", "xla"))
+    kernel, xla = (np.asarray(jax.jit(form)(*arguments)) for form in forms)
+    assert (kernel == xla).mean() > 0.95 and distance(kernel, xla) < 2e-8
+    return kernel, xla
+
+
+@pytest.mark.parametrize("rows", [1, 48, 64, pytest.param(1024, marks=SLOW)])
+def test_the_xla_form_is_the_same_arithmetic(form, rows):
+    x, w = quantize_activation(normal((rows, 384))), quantize_weight(normal((384, 256), 1), (0, 1), jnp.float32)
+    kernel, xla = alike(linear, x, w, spec="TD,DF->TF")
+    if rows == 64:  # the tile is the whole product, so XLA multiplies the same matrices in both
+        np.testing.assert_array_equal(kernel, xla)
+
+
+@pytest.mark.parametrize("sizes", ["full", pytest.param("ragged", marks=SLOW), pytest.param("one row each", marks=SLOW)])
+def test_the_grouped_xla_form_is_the_same_arithmetic(form, sizes):
+    x, w = quantize_activation(normal((300, 384))), quantize_weight(normal((4, 384, 256), 1), (1, 2), jnp.float32)
+    sizes = jnp.asarray(GROUP_SIZES[sizes])
+    kernel, _ = alike(grouped_linear, x, w, sizes)
+    ragged = jax.jit(ragged_blocks)((x.values, x.scales), (w.values, w.scales), sizes)  # XLA's on TPU
+    assert (kernel == ragged).mean() > 0.95 and distance(kernel, ragged) < 2e-8
 
 
 def check_races(function, *arguments):

@@ -53,7 +53,7 @@ def block_dot(a: tuple, a_side: int, b: tuple, b_side: int) -> jax.Array:
         dims = ((2 * a_side + 1,), (2 * b_side + 1,)), ((2 * a_side,), (2 * b_side,))
         part = jax.lax.dot_general(x, y, dims, preferred_element_type=jnp.float32)
         x_scale, y_scale = _scales_of(*a, a_side, i), _scales_of(*b, b_side, i)
-        return total + part * x_scale[..., None, None] * y_scale[:, None, None]
+        return total + part * (x_scale[..., None, None] * y_scale[:, None, None])
 
     parts, kept_a, kept_b = a[0].shape[2 * a_side], _kept(a[0], a_side), _kept(b[0], b_side)
     total = jnp.zeros((parts, *kept_a, *kept_b), jnp.float32)

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qwen35_jax.ops.fp8.chunks import as_bits
+
 # Rows of a block. A group is cut into blocks of the largest size; the rest takes the smallest that holds it. So a group
 # of one row costs one row, and a large group rereads its weight seldom.
 SIZES = (1, 8, 32, 64)
@@ -53,16 +55,6 @@ def _loop(block, carry, operands, counts, firsts, ends, size: int, rows: int):
     return jax.lax.fori_loop(0, totals[-1], step, carry)
 
 
-def _bits(a: jax.Array) -> jax.Array:
-    """The array as integers of its width: XLA:CPU slices those in place, but a narrow float it first converts whole."""
-    return a if a.dtype.itemsize > 2 else jax.lax.bitcast_convert_type(a, f"uint{8 * a.dtype.itemsize}")
-
-
-def take(a: jax.Array, index: jax.Array) -> jax.Array:
-    """a[index], of any dtype."""
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_index_in_dim(_bits(a), index, keepdims=False), a.dtype)
-
-
 def take_rows(a: jax.Array, start: jax.Array, size: int) -> jax.Array:
     """a[start : start + size], of any dtype."""
-    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(_bits(a), start, size), a.dtype)
+    return jax.lax.bitcast_convert_type(jax.lax.dynamic_slice_in_dim(as_bits(a), start, size), a.dtype)

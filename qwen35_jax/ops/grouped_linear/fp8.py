@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from qwen35_jax.ops.fp8.activations import Fp8Activation
 from qwen35_jax.ops.fp8.blocks import BLOCK, expand_scales, quantize_blocks, round_blocks
+from qwen35_jax.ops.fp8.chunks import take
 from qwen35_jax.ops.fp8.statistics import difference, operand_statistics, pack
 from qwen35_jax.ops.fp8.training import Fp8Operand, block_dot, dequantize_blocks, float_dot
-from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take, take_rows
+from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take_rows
 
 # Rows of a block of the weights' gradients: one scale for up to 128 rows. On the CPU few rows cost less.
 ROWS = (BLOCK,)
@@ -148,7 +149,7 @@ def ragged_blocks(x: tuple, w: tuple, group_sizes: jax.Array) -> jax.Array:
         y = jax.lax.ragged_dot(here, part, group_sizes, preferred_element_type=jnp.float32)
         row_scale = jax.lax.dynamic_slice_in_dim(scales, i, 1, 1).astype(jnp.float32)
         part_scale = jax.lax.dynamic_index_in_dim(weight_scales, i, 1, keepdims=False)[group]
-        return total + y * row_scale * expand_scales(part_scale, (rows, width))
+        return total + y * (row_scale * expand_scales(part_scale, (rows, width)))
 
     total = jax.lax.fori_loop(0, scales.shape[1], step, jnp.zeros((rows, width), jnp.float32))
     return jnp.where(_inside(total, group_sizes), total, 0)

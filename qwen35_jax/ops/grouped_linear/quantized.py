@@ -1,20 +1,18 @@
 """`grouped_linear` of activations in FP8 with weights in FP8, in plain XLA.
 
-TPU: `lax.ragged_dot` of each block of 128 of the summed axis. GPU: blocks of rows of one group. On the CPU the dequantised
-operands are multiplied in float32.
+TPU: `lax.ragged_dot` of each block of 128 of the summed axis. GPU and CPU: blocks of rows of one group.
 """
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import BLOCK, Fp8Activation, Fp8Weight
-from qwen35_jax.ops.fp8.training import dequantize_blocks
+from qwen35_jax.ops.fp8.chunks import chunks, sum_of_chunks_few, take
 from qwen35_jax.ops.grouped_linear import fp8, xla
+from qwen35_jax.ops.grouped_linear.blocks import for_blocks, take_rows
 
 
 def grouped_linear_quantized(x: Fp8Activation, w: Fp8Weight, group_sizes: jax.Array) -> jax.Array:
@@ -40,11 +38,6 @@ def check_quantized(x: jax.Array | Fp8Activation, w: Fp8Weight, group_sizes: jax
 @jax.custom_vjp
 def _product(x, values, scales, w: Fp8Weight, group_sizes):
     """values x scales times the groups' weights; x stands there to receive the gradient."""
-    width = w.values.shape[2]
-
-    def cpu(values, scales, w, group_sizes):
-        weight_of = functools.partial(xla.dequantized_group, dtype=jnp.float32, shape=(-1, width))
-        return xla.rows_times(dequantize_blocks(values, scales), w, weight_of, group_sizes, width)
 
     def loop(values, scales, w, group_sizes):
         return fp8.rows_times((values, scales), (w.values, w.scales), 0, group_sizes)
@@ -52,8 +45,22 @@ def _product(x, values, scales, w: Fp8Weight, group_sizes):
     def tpu(values, scales, w, group_sizes):
         return fp8.ragged_blocks((values, scales), (w.values, w.scales), group_sizes)
 
-    y = jax.lax.platform_dependent(values, scales, w, group_sizes, cpu=cpu, tpu=tpu, default=loop)
+    y = jax.lax.platform_dependent(values, scales, w, group_sizes, cpu=_rows_times_cpu, tpu=tpu, default=loop)
     return y.astype(x.dtype)
+
+
+def _rows_times_cpu(values, scales, w: Fp8Weight, group_sizes):
+    """-> [R, out] float32."""
+
+    def block(out, operands, group, start, size, mine):
+        values, scales, w = operands
+        w = Fp8Weight(take(w.values, group), take(w.scales, group))
+        y = sum_of_chunks_few(*chunks(take_rows(values, start, size), take_rows(scales, start, size), w, 1))
+        old = jax.lax.dynamic_slice_in_dim(out, start, size)
+        return jax.lax.dynamic_update_slice_in_dim(out, jnp.where(mine, y, old), start, 0)
+
+    rows = values.shape[0]
+    return for_blocks(block, jnp.zeros((rows, w.values.shape[2]), jnp.float32), (values, scales, w), group_sizes, rows)
 
 
 def _product_forward(x, values, scales, w, group_sizes):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import Fp8Activation, Fp8Operand, Fp8Weight, dequantize
-from qwen35_jax.ops.grouped_linear.blocks import SIZES, fewer_sizes, for_blocks, take, take_rows
+from qwen35_jax.ops.fp8.chunks import take
+from qwen35_jax.ops.grouped_linear.blocks import SIZES, fewer_sizes, for_blocks, take_rows
 from qwen35_jax.ops.grouped_linear.fp8 import grouped_linear_fp8
 from qwen35_jax.ops.linear.xla import one_row, weight_array
 

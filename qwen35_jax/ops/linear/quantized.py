@@ -1,12 +1,8 @@
-"""`linear` of activations in FP8 with a weight in FP8, in plain XLA: e4m3 products of 128 terms, scaled and added in float32.
-
-On the CPU the dequantised operands are multiplied in float32: the same numbers up to the order of summation.
-"""
+"""`linear` of activations in FP8 with a weight in FP8, in plain XLA: e4m3 products of 128 terms, scaled and added in float32."""
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -14,8 +10,7 @@ import jax.numpy as jnp
 
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.fp8 import BLOCK, Fp8Activation, Fp8Weight, dequantize
-from qwen35_jax.ops.fp8.blocks import expand_scales
-from qwen35_jax.ops.fp8.training import dequantize_blocks
+from qwen35_jax.ops.fp8.chunks import chunks, sum_of_chunks, sum_of_chunks_cpu
 from qwen35_jax.ops.linear.xla import axes_of, check_operands, einsum
 
 
@@ -65,37 +60,5 @@ def _product(spec: str, out_dtype, x, quantised: tuple, w: Fp8Weight):
     x_axes, w_axes, _ = axes_of(spec)
     count = sum(a in x_axes for a in w_axes)
 
-    def cpu(values, scales, w):
-        return einsum(spec, dequantize_blocks(values, scales), dequantize(w), jnp.float32)
-
-    def default(values, scales, w):
-        y = _in_chunks(*chunks(values, scales, w, count))
-        return y.reshape(*values.shape[: values.ndim - count], *w.values.shape[count:])
-
-    return jax.lax.platform_dependent(*quantised, w, cpu=cpu, default=default).astype(out_dtype)
-
-
-def chunks(values: jax.Array, scales: jax.Array, w: Fp8Weight, count: int) -> tuple[jax.Array, ...]:
-    """The summed axes (`count` of them) as J chunks of C terms that have one scale: x [M, J, C], its scales [M, J], w [J, C, O],
-    its scales [J, O] float32. C is 128, or all of a narrower axis; the end of a wider one is filled up with zeros."""
-    last, outer = values.shape[-1], math.prod(w.values.shape[: count - 1])
-    width = min(last, BLOCK)
-    pad = -last % width
-    pairs = -(-last // width) * outer
-    x = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, pad)]).reshape(-1, pairs, width)
-    weights = jnp.pad(w.values, [(0, pad if axis == count - 1 else 0) for axis in range(w.values.ndim)])
-    expanded = expand_scales(w.scales, (*w.values.shape[: count - 1], w.scales.shape[count - 1], *w.values.shape[count:]))
-    return x, scales.reshape(-1, pairs), weights.reshape(pairs, width, -1), expanded.reshape(pairs, -1)
-
-
-def _in_chunks(x, x_scales, w, w_scales):
-    """-> [M, O] float32."""
-
-    def step(j, total):
-        here, weights = (jax.lax.dynamic_index_in_dim(a, j, axis, keepdims=False) for a, axis in ((x, 1), (w, 0)))
-        part = jnp.dot(here, weights, preferred_element_type=jnp.float32)
-        row, column = (jax.lax.dynamic_index_in_dim(a, j, axis, keepdims=False) for a, axis in ((x_scales, 1), (w_scales, 0)))
-        return total + part * row[:, None] * column
-
-    total = jnp.zeros((x.shape[0], w.shape[2]), jnp.float32)
-    return step(0, total) if x.shape[1] == 1 else jax.lax.fori_loop(0, x.shape[1], step, total)
+    y = jax.lax.platform_dependent(*chunks(*quantised, w, count), cpu=sum_of_chunks_cpu, default=sum_of_chunks)
+    return y.reshape(*x.shape[: x.ndim - count], *w.values.shape[count:]).astype(out_dtype)
