@@ -31,26 +31,27 @@ def chunks(values: jax.Array, scales: jax.Array, w: Fp8Weight, count: int) -> tu
     return x, scales.reshape(-1, pairs), weights.reshape(pairs, width, -1), expanded.reshape(pairs, -1)
 
 
-def sum_of_chunks(x, x_scales, w, w_scales) -> jax.Array:
-    """What `chunks` gives -> [M, O] float32."""
+def sum_of_chunks(x, x_scales, w, w_scales, out_dtype) -> jax.Array:
+    """What `chunks` gives -> [M, O], float32 sums cast once."""
 
     def part(j):
         return jnp.dot(_at(x, j, 1), _at(w, j), preferred_element_type=jnp.float32)
 
-    return _scaled_sum(part, x_scales, w_scales)
+    return _scaled_sum(part, x_scales, w_scales).astype(out_dtype)
 
 
-def sum_of_chunks_cpu(x, x_scales, w, w_scales) -> jax.Array:
+def sum_of_chunks_cpu(x, x_scales, w, w_scales, out_dtype) -> jax.Array:
     """`sum_of_chunks` of operands of which XLA:CPU writes one chunk at a time in float32, in which it multiplies e4m3."""
     tiles = _tiles(x.shape[0])
     if tiles == 1:
-        return _tile(x, x_scales, w, w_scales)
+        return _tile(x, x_scales, w, w_scales).astype(out_dtype)
 
     def tile(rows):
-        return _tile(jax.lax.bitcast_convert_type(rows[0], w.dtype), rows[1], w, w_scales)
+        total = _tile(jax.lax.bitcast_convert_type(rows[0], w.dtype), rows[1], w, w_scales)
+        return as_bits(total.astype(out_dtype))
 
     rows = (a.reshape(tiles, -1, *a.shape[1:]) for a in (as_bits(x), x_scales))
-    return jax.lax.map(tile, tuple(rows)).reshape(x.shape[0], -1)
+    return jax.lax.bitcast_convert_type(jax.lax.map(tile, tuple(rows)), out_dtype).reshape(x.shape[0], -1)
 
 
 def _tiles(rows: int) -> int:

@@ -59,6 +59,6 @@ def _product(spec: str, out_dtype, x, quantised: tuple, w: Fp8Weight):
     """Quantised x times w."""
     x_axes, w_axes, _ = axes_of(spec)
     count = sum(a in x_axes for a in w_axes)
-
-    y = jax.lax.platform_dependent(*chunks(*quantised, w, count), cpu=sum_of_chunks_cpu, default=sum_of_chunks)
-    return y.reshape(*x.shape[: x.ndim - count], *w.values.shape[count:]).astype(out_dtype)
+    cpu, default = (functools.partial(form, out_dtype=out_dtype) for form in (sum_of_chunks_cpu, sum_of_chunks))
+    y = jax.lax.platform_dependent(*chunks(*quantised, w, count), cpu=cpu, default=default)
+    return y.reshape(*x.shape[: x.ndim - count], *w.values.shape[count:])
