@@ -1,9 +1,8 @@
 """Products of activations in FP8 with a weight in FP8, in plain XLA: e4m3 products of 128 terms, scaled and added in float32.
 
-The same arithmetic in the same order as the kernels': total + sum x (scale of the row x scale of the block), block after block in
-a loop. That keeps more than the last bit: a number beside the middle of two e4m3 numbers is rounded to the other one when the
-next product quantises it. Not a reduction or an unrolled loop: XLA:CPU contracts a product and a sum to one operation, in
-those not the same ones as in a loop.
+The same arithmetic in the same order as the kernels': total + sum x (scale of the row x scale of the block), block after block,
+since an activation beside the middle of two e4m3 numbers is rounded to the other one for a difference in its last bit. In a loop:
+of unrolled steps, or of a reduction, XLA:CPU contracts other multiplications and additions to one operation.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 
 from qwen35_jax.ops.fp8.blocks import BLOCK, Fp8Weight, expand_scales
 
-ROWS = 512  # that are multiplied by a chunk of the weight at a time on the CPU: what that gives is no larger than need be
+ROWS = 512  # multiplied by a chunk of the weight at a time on the CPU; for each such tile it is converted anew
 
 
 def chunks(values: jax.Array, scales: jax.Array, w: Fp8Weight, count: int) -> tuple[jax.Array, ...]:
