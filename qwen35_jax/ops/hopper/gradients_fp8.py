@@ -115,9 +115,9 @@ def _multiply(rings, counts, out, full, empty, staged):
             block = pl.run_scoped(dot, plgpu.ACC(FP8.part))
             left = plgpu.load(x_scale_ring.at[slot, rows], layout=plgpu.Layout.WGMMA.reduce(1))
             right = plgpu.load(dy_scale_ring.at[slot], layout=plgpu.Layout.WGMMA.reduce(0))
-            block = block * lax.broadcast_in_dim(right, FP8.part, (1,))
+            scales = lax.broadcast_in_dim(left, FP8.part, (0,)) * lax.broadcast_in_dim(right, FP8.part, (1,))
             plgpu.barrier_arrive(empty.at[slot])
-            return count + 1, total + block * lax.broadcast_in_dim(left, FP8.part, (0,))
+            return count + 1, total + block * scales
 
         zeros = plgpu.layout_cast(jnp.zeros(FP8.part, jnp.float32), plgpu.Layout.WGMMA)
         count, total = lax.fori_loop(0, counts[group], step, (count, zeros))
