@@ -169,7 +169,7 @@ class Placed:
     @functools.cached_property
     def params(self) -> dict:
         """The abstract parameters as products take them: where they are fully sharded, as gathered for a unit."""
-        return dataclasses.replace(self.model, fully_sharded=False).abstract_params(stacked=True)
+        return _abstract_params(dataclasses.replace(self.model, fully_sharded=False), True)
 
     @functools.cached_property
     def tower(self) -> VisionModel | None:
@@ -190,7 +190,7 @@ class Placed:
         """What lies on the devices between the steps: of training the float32 masters."""
         if self.job.training:
             return kept_params(self.model)
-        params = self.model.abstract_params(self.model.stacked)
+        params = _abstract_params(self.model, self.model.stacked)
         return params if self.tower is None else params | {"vision": self.tower.abstract_params()}
 
     @functools.cached_property
@@ -199,6 +199,12 @@ class Placed:
         if self.job.training:
             return self.weights, self.weights
         return abstract_session(self.model, self.slots, self.capacity, stacked=self.model.stacked)["state"]
+
+
+@functools.lru_cache(64)
+def _abstract_params(model: Model, stacked: bool) -> dict:
+    """The same for every batch and context that a search tries, and most of the time that one takes."""
+    return model.abstract_params(stacked)
 
 
 def make_steps(job: Job, mesh: str, devices: list) -> list[Step]:
