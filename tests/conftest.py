@@ -21,6 +21,11 @@ LONG = (
 )
 
 
+MANY = 25_000  # memory mappings
+_kept = 0  # mappings that were left when compiled functions were forgotten last
+_timed: set[str] = set()  # what JAX has timed in this test
+
+
 def pytest_addoption(parser):
     parser.addoption("--optimize", action="store_true", help="compile as users do, which takes several times as long")
     parser.addoption("--gpu", action="store_true", help="run GPU kernels on this machine's GPU, not interpreted on the CPU")
@@ -43,6 +48,7 @@ def pytest_configure(config):
         _compile_fast()
     jax.config.update("jax_compilation_cache_dir", str(CACHE))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.01)
+    jax.monitoring.register_event_duration_secs_listener(lambda event, *_, **__: _timed.add(event))
 
 
 def _compile_fast():
@@ -85,16 +91,26 @@ def pytest_make_collect_report(collector):
     return report
 
 
+def mappings() -> int:
+    """How many memory mappings this process has: XLA:CPU takes several for every kernel and crashes when there are no more."""
+    maps = Path("/proc/self/maps")
+    return maps.read_bytes().count(b"\n") if maps.exists() else 0
+
+
 def many_mappings() -> bool:
     """Whether this process nears the limit of memory mappings (65,530 on Linux)."""
-    maps = Path("/proc/self/maps")
-    return maps.exists() and maps.read_bytes().count(b"\n") > 25_000
+    return mappings() > MANY
 
 
 @pytest.fixture(autouse=True)
 def forget_compiled_functions():
-    """XLA:CPU takes several memory mappings for every kernel and crashes when there are no more."""
+    """Not after every test where models that are kept hold many: what they do not hold would be traced and loaded again."""
+    global _kept
     yield
-    if many_mappings():
+    if not _timed:  # nothing was traced or compiled; counting takes 10 ms
+        return
+    _timed.clear()
+    if mappings() > max(MANY, min(_kept + MANY // 5, 2 * MANY)):
         jax.clear_caches()
         gc.collect()
+        _kept = mappings()

@@ -38,11 +38,13 @@ def small_model(
     )
 
 
-@pytest.fixture(scope="session")
-def tiny() -> LanguageModel:
-    return small_model()
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def tiny_on():
-    return small_model
+    """The models are let go behind the last of these tests: their programs hold many memory mappings (tests/conftest.py)."""
+    yield small_model
+    small_model.cache_clear()
+
+
+@pytest.fixture(scope="package")
+def tiny(tiny_on) -> LanguageModel:
+    return tiny_on()
