@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[1]
 FAST = {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
     "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".cache" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.01",
     "JAX_PLATFORMS": "cpu",
 }
 if jax.__version_info__ < (0, 11):
-    FAST["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false"
+    FAST["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 
 
 def run_all(module: str, cases: list[list[str]], cwd: Path, **env: str) -> list[subprocess.CompletedProcess]:
