@@ -43,6 +43,15 @@ def checkpoint(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory) -> Path:
+    """A small random checkpoint with a vision tower, and pictures beside it."""
+    directory = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model")
+    for seed in range(2):
+        Image.fromarray(picture(16, 24, seed)).save(directory.parent / f"{seed}.png")
+    return directory
+
+
 def test_the_main_job_on_eight_devices():
     done = run("--mesh", "8x1", "--stats", settings={})  # compiled as users do
     assert (done.returncode, done.stdout) == (0, "37 + 58 = 95\n"), done.stderr
@@ -70,12 +79,12 @@ def test_the_packaged_model_sees():
     assert re.search(r"^vision: +\d+\.\d{3} s$", done.stderr, re.MULTILINE), done.stderr
 
 
-def test_json_batches_presets_and_prompt_files(tmp_path):
+def test_json_batches_presets_and_prompt_files(seeing, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Hi"}]
     prompts.write_text(json.dumps({"prompt": "Second"}) + "\n\n" + json.dumps({"messages": chat}) + "\n")
-    common = ("--random_weights", "--max_new_tokens", "4", "--preset", "thinking", "--seed", "3", "--json")
-    done = run("--prompt", "First", "--prompts_file", str(prompts), "--system", "Be brief.", *common)
+    common = ("--max_new_tokens", "4", "--preset", "thinking", "--seed", "3", "--json")
+    done = run("--checkpoint", str(seeing), "--prompt", "First", "--prompts_file", str(prompts), "--system", "Be brief.", *common)
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in done.stdout.splitlines()]
     assert [r["prompt"][-1]["content"] for r in records] == ["First", "Second", "Hi"]
@@ -85,10 +94,10 @@ def test_json_batches_presets_and_prompt_files(tmp_path):
     assert all(len(r["token_ids"]) <= 4 and r["finish_reason"] in ("stop", "length") for r in records)
 
 
-def test_chat_remembers_resets_and_ends():
+def test_chat_remembers_resets_and_ends(seeing):
     lines = "Hello\n/reset\nAgain\n/exit\n"
-    done = run("--chat", "--random_weights", "--max_new_tokens", "3", stdin=lines)
-    assert done.returncode == 0 and "random weights" in done.stderr, done.stderr
+    done = run("--checkpoint", str(seeing), "--chat", "--max_new_tokens", "3", stdin=lines)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count("> ") == 4
 
 
@@ -97,21 +106,12 @@ def test_control_c_ends_in_one_line():
         command("--random_weights", "--max_new_tokens", "4000", "--temperature", "1", "--prompt", "x"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=os.environ | FAST,
     )  # fmt: skip
-    process.stderr.readline()  # the note about random weights: loading is over
+    assert "random weights" in process.stderr.readline()  # loading is over
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
-
-
-@pytest.fixture(scope="module")
-def seeing(tmp_path_factory) -> Path:
-    """A small random checkpoint with a vision tower, and pictures beside it."""
-    directory = write_checkpoint(tmp_path_factory.mktemp("seeing") / "model")
-    for seed in range(2):
-        Image.fromarray(picture(16, 24, seed)).save(directory.parent / f"{seed}.png")
-    return directory
 
 
 def test_images_and_videos(seeing):
@@ -132,15 +132,17 @@ def test_images_and_videos(seeing):
     assert len(record["token_ids"]) <= 3
 
 
-def test_pictures_without_a_prompt(seeing):
-    """What is seen is asked for; without marks the pictures are in the order of the flags."""
+def test_pictures_without_a_prompt(seeing, tmp_path):
+    """What is seen is asked for; without marks the pictures are in the order of the flags. The trace is where it should be."""
     first, second, folder = (str(seeing.parent / name) for name in ("0.png", "1.png", ""))
     pictures = ("--image", first, "--video", folder, "--image", second)
-    done = run("--checkpoint", str(seeing), *pictures, "--max_new_tokens", "1", "--json")
+    more = ("--max_new_tokens", "1", "--json", "--profile", str(tmp_path / "trace"))
+    done = run("--checkpoint", str(seeing), *pictures, *more)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)["prompt"][0]["content"]
     assert content[-1] == {"type": "text", "text": "What do you see?"}
     assert [part.get("image") or part["video"] for part in content[:-1]] == [first, folder, second]
+    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
 def test_how_videos_are_looked_at(seeing, tmp_path):
@@ -403,13 +405,12 @@ def test_a_template_that_tries_to_escape(tmp_path, checkpoint):
 
 
 def test_flags_that_the_other_tests_leave_out(tmp_path):
-    """Everything that the first answer is without --stop, up to the sign; the trace is where it was asked for."""
+    """Everything that the first answer is without --stop, up to the sign."""
     arguments = ["--checkpoint", str(ASSETS / "tiny"), "--dtype", "float32", "--kernels", "xla", "--raw", "--stop", "="]
-    arguments += ["--profile", "trace", "--seed", "5", "--prefill_chunk", "16", "--top_k", "1", "--max_new_tokens", "9"]
+    arguments += ["--seed", "5", "--prefill_chunk", "16", "--top_k", "1", "--max_new_tokens", "9"]
     text = "<|im_start|>user\nWhat is 37 + 58?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     (done,) = run_all("qwen35_jax.sample", [[*arguments, "--prompt", text]], tmp_path, **FAST)
     assert (done.returncode, done.stdout) == (0, "37 + 58 \n"), done.stderr
-    assert list((tmp_path / "trace").rglob("*.xplane.pb"))
 
 
 def test_help_names_every_flag_and_exits_well():
@@ -419,8 +420,8 @@ def test_help_names_every_flag_and_exits_well():
         assert flag in done.stdout
 
 
-def test_streams_that_are_closed_or_no_utf8():
-    program = " ".join(command("--random_weights", "--max_new_tokens", "1"))
+def test_streams_that_are_closed_or_no_utf8(seeing):
+    program = " ".join(command("--checkpoint", str(seeing), "--max_new_tokens", "1"))
 
     def shell(line: str, **options) -> subprocess.CompletedProcess:
         options = {"env": os.environ | FAST} | options
