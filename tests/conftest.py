@@ -14,10 +14,11 @@ import jax
 import pytest
 
 CACHE = Path(__file__).parents[1] / ".cache" / "jax"
-# Files that take minutes come first, so that at the end no worker is left alone with one.
+# Files that take long come first, so that at the end no worker is left alone with one.
 LONG = (
-    *("test_hosts.py", "train/test_train.py", "train/test_step.py", "generate/", "train/test_fp8.py", "test_sample.py"),
-    *("ops/test_gated_delta_tpu.py", "train/test_vision.py", "test_golden.py"),
+    *("test_hosts.py", "train/test_train.py", "test_sample.py", "train/test_step.py", "train/test_vision.py"),
+    *("ops/test_gated_delta_tpu.py", "generate/", "ops/test_fp8_training.py", "train/test_loop.py", "train/test_fp8.py"),
+    *("ops/test_fp8_tpu.py", "test_golden.py"),
 )
 
 
