@@ -53,6 +53,7 @@ def run_all(commands: list[list[str]]) -> list[tuple[int, str, str]]:
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
+@pytest.mark.end_to_end
 def test_two_hosts_say_what_one_says():
     questions = ("What is 37 + 58?", "Reverse: a b c")
     arguments = ["--mesh", "1x2", "--stats", "--dtype", "float32", *(f"--prompt={question}" for question in questions)]

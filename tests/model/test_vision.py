@@ -97,6 +97,7 @@ def test_memory_of_a_large_image():
     assert used < 4 << 30
 
 
+@pytest.mark.end_to_end
 def test_an_image_of_a_thousand_pixels_goes_through():
     """From a file to the rows that the text model reads, in the 0.8b tower; the rows are finite, or the program would fail."""
     command = [sys.executable, "-m", "benchmarks.vision", "--side", "1024"]

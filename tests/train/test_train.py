@@ -70,6 +70,7 @@ def weights(directory: Path) -> bytes:
     return (directory / "model.safetensors").read_bytes()
 
 
+@pytest.mark.end_to_end
 def test_killed_and_stopped_runs_end_as_the_one_that_was_not(start, tmp_path):
     """SIGKILL between checkpoints, SIGTERM after that: metrics and weights are bitwise those of an undisturbed run."""
     said = finish(start("--workdir", "whole", "--export_hf", "whole_hf", "--profile", "trace"))
