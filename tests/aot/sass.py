@@ -17,7 +17,8 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*
 class Assembly:
     """One kernel: registers a thread, bytes spilled (stores and loads), how often each instruction stands in the code.
 
-    Instructions are named without their suffixes: QGMMA multiplies FP8 and HGMMA bfloat16 on the tensor cores. Counts are
+    Instructions are named without their suffixes: QGMMA multiplies FP8 and HGMMA bfloat16 on the tensor cores; MULTICAST are
+    the copies to several blocks. Counts are
     of the code as it lies, a loop's body once. warnings: of the assembler, such as that products wait for each other.
     """
 
@@ -56,6 +57,7 @@ def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
         report, code = path.read_text(), next(path.parent.glob(f"{path.stem}.sass*")).read_text()
         spilled = sum(sum(map(int, match)) for match in _SPILLS.findall(report))
         instructions = collections.Counter(_INSTRUCTION.findall(code))
+        instructions["MULTICAST"] = code.count(".MULTICAST")
         warnings = tuple(line for line in report.splitlines() if "Performance Loss" in line)
         found[name].append(Assembly(int(_REGISTERS.search(report)[1]), spilled, dict(instructions), warnings))
     return dict(found)

@@ -40,6 +40,11 @@ def _add_product(total, x, y):
     return total + matrices.product((x, y))
 
 
+def _sum_of_rows(x, _):
+    """As `matrices.sum_of_rows`, of which the interpreter knows nothing."""
+    return x.sum(0)
+
+
 def has_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
@@ -58,5 +63,5 @@ def interpreted(**options):
 
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
         with mock.patch.object(interpreter, "wgmma", interpreter.fail_on_exception(_wgmma)):
-            with mock.patch.object(matrices, "add_product", _add_product):
+            with mock.patch.multiple(matrices, add_product=_add_product, sum_of_rows=_sum_of_rows):
                 yield

@@ -30,9 +30,10 @@ make = functools.partial(cases.make, time=150, keys=1, heads=2, dtype="bfloat16"
 
 @pytest.fixture(autouse=True, scope="module")
 def interpreted():
-    """Two thread blocks that go through chunks, so that each takes several."""
+    """When interpreted with two thread blocks that go through chunks, so that each takes several."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu, "SMS", 2)
+        if not mosaic_gpu.has_gpu():
+            patch.setattr(gpu, "SMS", 2)
         with mosaic_gpu.run_or_interpreted() if HAS_MOSAIC_GPU else contextlib.nullcontext():
             yield
 
@@ -69,6 +70,14 @@ def test_lengths(time):
 def test_every_length():
     for time in range(1, CHUNK + 2):
         check_values(make(time=time, heads=1))
+
+
+@needs_mosaic
+@pytest.mark.slow
+def test_many_chunks():
+    """On a GPU so many that every multiprocessor takes several: what its warpgroups do at once differs from turn to turn."""
+    time, heads = (1024, 16) if mosaic_gpu.has_gpu() else (512, 2)
+    check(make(time=time, keys=heads // 2, heads=heads))
 
 
 @needs_mosaic

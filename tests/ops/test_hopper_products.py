@@ -240,7 +240,8 @@ def test_pairs_need_an_even_number_of_tiles():
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bfloat16", "fp8", "training", "pairs"])
 def test_no_races(kind):
-    """What one warpgroup writes no other touches before it is told to: the interpreter raises where one does."""
+    """What one warpgroup writes no other touches before it is told to: the interpreter raises where one does. It does not see
+    what JAX takes of shared memory for itself."""
     x, w = grouped_operands(70)
     sizes, dy = jnp.asarray((3, 0, 50, 17), jnp.int32), normal((70, OUT), 2, jnp.bfloat16)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=True, on_race="raise")):

@@ -16,7 +16,7 @@ from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.errors import UserError
 from qwen35_jax.ops.gated_delta.gates import gates_of, padded
 from qwen35_jax.ops.gated_delta.gpu_chunks import BLOCK, CHUNK, NARROW, SQUARES, WIDTH, bf16, chunk_kernel, f32, tiled
-from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, gate_gradients, gradient_kernel
+from qwen35_jax.ops.gated_delta.gpu_gradients import ROWS, SUMS, gate_gradients, gradient_kernel
 from qwen35_jax.ops.gated_delta.gpu_states import HALF, PARTS, STAGES, forward_kernel, reverse_kernel
 from qwen35_jax.ops.gated_delta.kept import STATES, UPDATES
 from qwen35_jax.ops.gated_delta.xla import GRAIN
@@ -135,6 +135,7 @@ def _gradients(q, k, gates, scalars, updates, d_out, dv, states, d_states, norma
             tiled(1, CHUNK, CHUNK),
             plgpu.SMEM((1, CHUNK), f32),
             plgpu.SMEM((1, ROWS, CHUNK), f32),
+            [plgpu.SMEM((SUMS,), f32)] * 2,
             plgpu.Barrier(num_arrivals=3, num_barriers=2),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=3),
@@ -149,8 +150,11 @@ def _gradients(q, k, gates, scalars, updates, d_out, dv, states, d_states, norma
 
 def _launch(kernel, name: str, operands, outputs, grid: dict, scratch):
     """Layouts are all given, and found by the assembler's older way (Lane): searching for them takes it minutes. approx_math:
-    powers of two and roots as the device has them, to 2^-22; what they scale is rounded to 2^-9, or 2^-17 in two parts."""
-    parameters = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True)
+    powers of two and roots as the device has them, to 2^-22; what they scale is rounded to 2^-9, or 2^-17 in two parts.
+    Without reduction_scratch_bytes a `jnp.sum` over warps does not compile: a block's warpgroups would share them."""
+    parameters = plgpu.CompilerParams(
+        lowering_semantics=plgpu.LoweringSemantics.Lane, approx_math=True, reduction_scratch_bytes=0
+    )
     return plgpu.kernel(kernel, out_type=outputs, scratch_types=scratch, compiler_params=parameters, kernel_name=name, **grid)(
         *operands
     )

@@ -39,11 +39,13 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     per_row,
     strictly_lower,
 )
+from qwen35_jax.ops.hopper import matrices
 from qwen35_jax.ops.hopper.matrices import product, turned
 
 # Rows of the gates' gradients, a pair where queries and keys have parts that are added: spans between tokens, w times 1 / r,
 # the decay from the chunk's start; then u.(k dS) r, and sums over rows of S * dS.
 SPANS, WEIGHTS, BEFORE, WRITTEN, CROSSED, ROWS = 0, 2, 4, 6, 7, 8
+SUMS = 512  # numbers of shared memory by which a warpgroup's warps add up
 QUERIES, KEYS = range(2)  # the two warpgroups, and their parts of what comes in pairs
 
 
@@ -53,7 +55,7 @@ class _Block:
     def __init__(self, normalize: bool, group: int, refs):
         (self.q_ref, self.k_ref, self.gates_ref, self.scalars_ref, self.updates_ref, self.d_out_ref, self.dv_ref,
          self.states_ref, self.d_states_ref, self.dq_ref, self.dk_ref, self.rows_ref,
-         self.all_tokens, self.all_gates, *self.single,
+         self.all_tokens, self.all_gates, *self.single, self.sums,
          self.tokens_loaded, self.updates_loaded, self.states_loaded, self.rights_loaded, self.together) = refs  # fmt: skip
         self.normalize, self.group = normalize, group
         batch, chunks, heads = self.gates_ref.shape[:3]
@@ -68,7 +70,7 @@ class _Block:
 
     def take(self, turn, item) -> None:
         """Makes this the chunk that is computed. The compiler would compute all addresses in shared memory ahead of the loop, and
-        spill them, if they did not depend on the turn: `turn >> 20` is zero, which it does not know."""
+        spill them, if they did not depend on the turn: `turn >> 20` is zero, which it does not know (tests/aot would show it)."""
         slot = lax.rem(turn, 2)
         self.tokens, self.gates, self.slot = self.all_tokens.at[slot], self.all_gates.at[slot], slot
         self.chunk, _, self.values = self.place(item)
@@ -120,10 +122,11 @@ class _Block:
         both = d_scores * scores
         lengths = on_columns(self.lengths)
         weights = per_column(lengths * on_columns(self.gates.at[BETA]))
-        self.rows[WEIGHTS + part] = jnp.sum(both, axis=0) * lengths
+        self.rows[WEIGHTS + part] = matrices.sum_of_rows(both, self.sums[part]) * lengths
         self.squares[part] = (d_scores * weights).astype(bf16)
         crossing = product(((both * weights).astype(bf16), self.earlier))
-        self.rows[SPANS + part] = jnp.sum(jnp.where(index(0) >= index(1), crossing, 0.0), axis=0)
+        crossing = jnp.where(index(0) >= index(1), crossing, 0.0)
+        self.rows[SPANS + part] = matrices.sum_of_rows(crossing, self.sums[part])
 
     def through_state(self, part: int, factor: jax.Array) -> jax.Array:
         """The part of dq or dk that passes the state before the chunk; factor: s a, or -r a. Writes the row of its decay."""
@@ -169,7 +172,7 @@ def gradient_kernel(normalize: bool, group: int, *refs):
 
     @pl.when(part == KEYS)
     def _():
-        block.single_at(0)
+        block.single_at(0)  # again: the queries' loop has named them by its own turn
         block.load_right(KEYS, first)
         _each(block, _keys)
 

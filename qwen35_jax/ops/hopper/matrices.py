@@ -36,6 +36,21 @@ def add_product(total: jax.Array, x, y) -> jax.Array:
     return pl.run_state(lambda acc: plgpu.wgmma(acc, x, y))(plgpu.ACC.init(total))
 
 
+def sum_of_rows(x: jax.Array, scratch) -> jax.Array:
+    """x [n, m] float32 summed to [m], by way of scratch, shared memory in float32 that is this warpgroup's own.
+
+    `jnp.sum` takes the same place for all warpgroups of a block, which write over each other's numbers.
+    """
+    layout = plgpu.Layout.WGMMA
+    result = plgpu.ShapeDtypeStruct((x.shape[1],), x.dtype, layout=layout.reduce(0))
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
+    def add(_, x, scratch):
+        return x.reduce("add", 0, scratch)
+
+    return add(x, scratch)
+
+
 def turned(ref):
     """A matrix in shared memory, transposed."""
     return ref.transpose((1, 0))
