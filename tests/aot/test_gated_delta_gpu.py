@@ -79,7 +79,9 @@ def test_gated_delta_kernels(target, preset, tmp_path):
     for name, kernels in found.items():
         for kernel in kernels:
             hgmma = kernel.instructions.get("HGMMA", 0)
-            print(f"{target} {preset} {name}: {kernel.registers} registers, {kernel.spilled} bytes spilled, {hgmma} HGMMA")
+            count = sum(kernel.instructions.values())
+            print(f"{target} {preset} {name}: {kernel.registers} registers, {kernel.spilled} bytes spilled, "
+                  f"{count} instructions, {hgmma} HGMMA")  # fmt: skip
             assert kernel.spilled == 0 and hgmma > 0 and not kernel.warnings, (name, kernel)
             assert kernel.registers <= MOST_REGISTERS.get(name, 255), (name, kernel)
     for path in tmp_path.glob("*.resources.txt"):

@@ -91,14 +91,15 @@ def test_kernels_and_xla_forms_agree_in_fp8(random_model):
     options = {"dtype": "float32", "keep_fp8": True, "fp8_activations": True}
     lm = qwen35_jax.load(path, **options)
     kernels, want = with_kernels(lm), lm.logits(tokens)
-    inputs = [tokens, *(np.random.default_rng(seed).integers(0, 96, tokens.shape) for seed in range(1, 6))]
+    lengths = (48, 64, 64, 64, 64, 64)  # of 48 tokens XLA:CPU multiplies matrices of other shapes than the kernel's tile
+    inputs = [tokens, *(np.random.default_rng(seed).integers(0, 96, (1, n)) for seed, n in enumerate(lengths))]
     found = [divergences(lm.logits(x), kernels.logits(x)) for x in inputs]
     control = divergences(want, qwen35_jax.load(path, mesh="1x2", **options).logits(tokens))
     weights_alone = divergences(want, qwen35_jax.load(path, dtype="float32", keep_fp8=True).logits(tokens))
     for name, x in (*(("kernels", x) for x in found), ("XLA on 1x2", control), ("weights alone", weights_alone)):
         print(f"{name}: mean {x.mean():.1e}, median {np.median(x):.1e}, largest {x.max():.1e}")
     assert max(x.mean() for x in found) < 1e-5
-    assert np.median(control) < 1e-8  # where nothing was rounded otherwise, the same numbers
+    assert max(np.median(x) for x in (*found, control)) < 1e-8  # where nothing was rounded otherwise, the same numbers
     assert control.mean() < 0.05 * weights_alone.mean()  # and all in all the same arithmetic
 
 

@@ -225,9 +225,12 @@ def in_pairs(sizes, rows: int, columns: int, pairs: bool):
 
 @pytest.mark.parametrize("sizes", [(131, 0, 140), pytest.param((300,), marks=SLOW), pytest.param((0, 0), marks=SLOW)])
 def test_blocks_in_pairs(monkeypatch, sizes):
-    """What two thread blocks copy for each other is what each copies alone: two pairs, of which one has a tile more."""
-    monkeypatch.setattr(ring, "SMS", 4)
-    alone, paired = (np.asarray(in_pairs(sizes, 400, 768, pairs)) for pairs in (False, True))
+    """What two thread blocks copy for each other is what each copies alone: two pairs, of which one has a tile more; on a GPU
+    all of them, and several turns of each."""
+    blocks, rows, columns, more = (132, 4096, 4096, 10) if mosaic_gpu.has_gpu() else (4, 400, 768, 1)
+    sizes = [more * size for size in sizes]
+    monkeypatch.setattr(ring, "SMS", blocks)
+    alone, paired = (np.asarray(in_pairs(sizes, rows, columns, pairs)) for pairs in (False, True))
     np.testing.assert_array_equal(alone, paired)
     assert alone.any() == (sum(sizes) > 0)
 

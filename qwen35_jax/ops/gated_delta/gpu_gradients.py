@@ -41,6 +41,7 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
 )
 from qwen35_jax.ops.hopper import matrices
 from qwen35_jax.ops.hopper.matrices import product, turned
+from qwen35_jax.ops.hopper.ring import each
 
 # Rows of the gates' gradients, a pair where queries and keys have parts that are added: spans between tokens, w times 1 / r,
 # the decay from the chunk's start; then u.(k dS) r, and sums over rows of S * dS.
@@ -178,16 +179,15 @@ def gradient_kernel(normalize: bool, group: int, *refs):
 
 
 def _each(block: _Block, body) -> None:
-    """body(turn, next one, whether there is one) for each chunk that is this thread block's."""
-    blocks, first = lax.axis_size("sm"), lax.axis_index("sm")
-    turns = lax.div(block.total - first + blocks - 1, blocks)
+    """body(block, turn, next one, whether there is one) for each chunk that is this thread block's."""
 
-    def step(turn, _):
-        item = first + turn * blocks
+    def step(item, turn):
         block.take(turn, item)
-        body(block, turn, item + blocks, turn + 1 < turns)
+        following = item + lax.axis_size("sm")
+        body(block, turn, following, following < block.total)
+        return turn + 1
 
-    lax.fori_loop(0, turns, step, None)
+    each(block.total, step)
 
 
 def _queries(block: _Block, turn, following, more) -> None:
