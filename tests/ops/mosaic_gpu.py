@@ -35,9 +35,11 @@ def _wgmma(*, token, thread, mesh_location, acc_allocation_key_as_array, acc_tra
     return token
 
 
-def _add_product(total, x, y):
-    """As `matrices.add_product`: the interpreter knows no `run_state`, so sums begin at zero."""
-    return total + matrices.product((x, y))
+def _add_products(totals, *sums, **options):
+    """As `matrices.add_products`: the interpreter knows no sums that begin with what registers hold."""
+    found = matrices.products(*sums, **options)
+    found[: len(sums)] = [x if total is None else total + x for total, x in zip(totals, found, strict=False)]
+    return found
 
 
 def _sum_of_rows(x, _):
@@ -63,5 +65,5 @@ def interpreted(**options):
 
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
         with mock.patch.object(interpreter, "wgmma", interpreter.fail_on_exception(_wgmma)):
-            with mock.patch.multiple(matrices, add_product=_add_product, sum_of_rows=_sum_of_rows):
+            with mock.patch.multiple(matrices, add_products=_add_products, sum_of_rows=_sum_of_rows):
                 yield

@@ -35,7 +35,8 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     per_row,
     two_parts,
 )
-from qwen35_jax.ops.hopper.matrices import product, products, turned
+from qwen35_jax.ops.hopper import matrices
+from qwen35_jax.ops.hopper.matrices import products, turned
 
 STAGES = 2  # chunks in shared memory at once
 PARTS = 2  # warpgroups, each for half of a value head's width
@@ -57,10 +58,11 @@ def store_turned(ref, x: jax.Array) -> None:
     turned(ref)[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
 
 
-def solve(right: jax.Array, inverse, inverse_rest) -> jax.Array:
-    """right (I + L)^-1 of [Hv / 2, C], fp32. Both are taken in two parts: where keys repeat, terms nearly cancel."""
+def solve(right: jax.Array, inverse, inverse_rest, meanwhile) -> list[jax.Array]:
+    """right (I + L)^-1 of [Hv / 2, C], fp32, and what `meanwhile` returns. Both are taken in two parts: where keys repeat, terms
+    nearly cancel."""
     high, low = two_parts(right)
-    return product((high, inverse), (high, inverse_rest), (low, inverse))
+    return products([(high, inverse), (high, inverse_rest), (low, inverse)], meanwhile=meanwhile)
 
 
 class _Ring:
@@ -153,29 +155,31 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
     def step(m, chunk, load_next, state):
         low = state.astype(bf16)
 
-        def send_state():
+        def behind_reads():
             load_next()
             if saved:
                 _send(low, state_smem.at[part], saved[0].at[b, m, n, rows])
+            return load_turned(chunk.values.at[:, rows]), chunk.per_token(READ)
 
-        k_read, q_read = products([(low, turned(chunk.k))], [(low, turned(chunk.q))], meanwhile=send_state)
-        right = load_turned(chunk.values.at[:, rows]).astype(f32) - chunk.per_token(READ) * k_read
-        update = solve(right, *(turned(chunk.square(i)) for i in (INVERSE, INVERSE_REST)))
+        reads = [(low, turned(chunk.k))], [(low, turned(chunk.q))]
+        k_read, q_read, values, read = products(*reads, meanwhile=behind_reads)
+
+        def behind_solve():
+            return chunk.per_token(OUT) * q_read, chunk.per_token(WRITE)
+
+        inverse = (turned(chunk.square(i)) for i in (INVERSE, INVERSE_REST))
+        update, out, write = solve(values.astype(f32) - read * k_read, *inverse, behind_solve)
         update = update.astype(bf16)
-        written = (chunk.per_token(WRITE) * widened(update)).astype(bf16)
+        written = (write * widened(update)).astype(bf16)
 
         def send_update():
             if saved:
                 _send(update, out_smem.at[part], saved[1].at[b, m, n, rows])
 
-        def after(gained):
-            return chunk.across() * state + gained
-
         sums = [(written, chunk.k)], [(update, turned(chunk.square(MIXING)))]
-        state, mixed = products(*sums, meanwhile=send_update, first=after)
-        out = chunk.per_token(OUT) * q_read + mixed
+        gained, out = matrices.add_products([None, out], *sums, meanwhile=send_update)
         _send_turned(out.astype(bf16), out_smem.at[part], out_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
-        return state
+        return chunk.across() * state + gained
 
     state = ring.drain(step, _load_state(first_ref.at[b, n, rows]))
     store_anyhow(final_ref.at[b, n, rows], state)
@@ -197,15 +201,20 @@ def reverse_kernel(chunks: int, group: int, q_ref, k_ref, d_out_ref, squares_ref
         m = chunks - 1 - i
         low, d_out = d_state.astype(bf16), load_turned(chunk.values.at[:, rows])
 
-        def send_state():
+        def behind_reads():
             load_next()
             _send(low, state_smem.at[part], d_states_ref.at[b, m, n, rows])
+            return [chunk.per_token(WRITE)]
 
-        mixed, k_d_state = products([(d_out, chunk.square(MIXING))], [(low, turned(chunk.k))], meanwhile=send_state)
-        d_update = mixed + chunk.per_token(WRITE) * k_d_state
-        dv = solve(d_update, *(chunk.square(i) for i in (INVERSE, INVERSE_REST)))
-        d_k_read = (-chunk.per_token(READ) * dv).astype(bf16)
-        d_q_read = (chunk.per_token(OUT) * d_out.astype(f32)).astype(bf16)
+        reads = [(d_out, chunk.square(MIXING))], [(low, turned(chunk.k))]
+        mixed, k_d_state, write = products(*reads, meanwhile=behind_reads)
+
+        def behind_solve():
+            return (chunk.per_token(OUT) * d_out.astype(f32)).astype(bf16), -chunk.per_token(READ)
+
+        inverse = (chunk.square(i) for i in (INVERSE, INVERSE_REST))
+        dv, d_q_read, read = solve(mixed + write * k_d_state, *inverse, behind_solve)
+        d_k_read = (read * dv).astype(bf16)
 
         def send_dv():
             _send_turned(dv.astype(bf16), dv_smem.at[part], dv_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])

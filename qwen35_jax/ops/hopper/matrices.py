@@ -8,20 +8,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def products(*sums, meanwhile=lambda: None, first=lambda x: x) -> list[jax.Array]:
+def products(*sums, meanwhile=lambda: None) -> list[jax.Array]:
     """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun, then `meanwhile` is called,
-    before one is awaited. In place of the first is first(it), which is computed while the others are still multiplied.
+    before one is awaited: the arrays that it returns, if any, follow the sums.
 
     x lies in registers or shared memory, y in shared memory.
     """
+    return _multiply([None] * len(sums), sums, meanwhile)
 
+
+def add_products(totals, *sums, meanwhile=lambda: None) -> list[jax.Array]:
+    """As `products`; a sum is added to its total, float32 or None, in the registers of the total."""
+    return _multiply(totals, sums, meanwhile)
+
+
+def _multiply(totals, sums, meanwhile) -> list[jax.Array]:
     def multiply(*accumulators):
+        for acc, total in zip(accumulators, totals, strict=True):
+            if total is not None:
+                acc[...] = total
         for acc, pairs in zip(accumulators, sums, strict=True):
             for x, y in pairs:
                 plgpu.wgmma(acc, x, y)
-        meanwhile()
-        awaited = first(plgpu.wgmma_accumulator_load(accumulators[0], wait_n=sum(map(len, sums[1:]))))
-        return [awaited, *(acc[...] for acc in accumulators[1:])]
+        others = meanwhile() or ()
+        return [*(acc[...] for acc in accumulators), *others]
 
     return pl.run_scoped(multiply, *(plgpu.ACC((s[0][0].shape[0], s[0][1].shape[1]), jnp.float32) for s in sums))
 
@@ -29,11 +39,6 @@ def products(*sums, meanwhile=lambda: None, first=lambda x: x) -> list[jax.Array
 def product(*pairs) -> jax.Array:
     """The sum of x @ y over pairs."""
     return products(pairs)[0]
-
-
-def add_product(total: jax.Array, x, y) -> jax.Array:
-    """total + x @ y, float32, in the registers of total."""
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, x, y))(plgpu.ACC.init(total))
 
 
 def sum_of_rows(x: jax.Array, scratch) -> jax.Array:
