@@ -47,9 +47,10 @@ setup(
         "test": TEST,
         # The comparison with transformers (tests/oracle).
         "oracle": ORACLE,
-        # The TPU and GPU compilers without CUDA's own libraries: enough to compile, not to run (tests/aot). The disassembler
-        # shows which instructions the GPU kernels became (tests/aot/sass.py).
-        "aot": ["jax[tpu,cuda13-local]", "nvidia-cuda-nvdisasm"],
+        # The TPU and GPU compilers without CUDA's own libraries: enough to compile, not to run. nvcc's wheel has the assembler
+        # and libdevice, without which nothing compiles for GPUs where CUDA is not installed; the disassembler shows which
+        # instructions the GPU kernels became (tests/aot/sass.py).
+        "aot": ["jax[tpu,cuda13-local]", "nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm"],
         # The launchers (launch/): install with -c launch/constraints.txt, without which pip looks for many minutes.
         "launch": ["xmanager==0.8.5.post1", "pyyaml"],
         "dev": [*TEST, *ORACLE, "pre-commit", "ruff==0.17.6"],

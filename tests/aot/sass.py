@@ -1,4 +1,4 @@
-"""What the GPU's assembler made of the Mosaic GPU kernels of a process: registers, spills and instructions, from its dumps."""
+"""What the GPU's assemblers made of the Mosaic GPU kernels of a process: registers, spills and instructions, from its dumps."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import collections
 import dataclasses
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
+
+import pytest
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -17,9 +20,10 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*
 class Assembly:
     """One kernel: registers a thread, bytes spilled (stores and loads), how often each instruction stands in the code.
 
-    Instructions are named without their suffixes: QGMMA multiplies FP8 and HGMMA bfloat16 on the tensor cores; MULTICAST are
-    the copies to several blocks. Counts are
-    of the code as it lies, a loop's body once. warnings: of the assembler, such as that products wait for each other.
+    Registers and spills are the most that two assemblers report, the one that XLA takes, which depends on the machine (ptxas on
+    PATH, or nvJitLink), and that of the wheel nvidia-cuda-nvcc. Instructions are named without their suffixes: QGMMA multiplies
+    FP8 and HGMMA bfloat16 on the tensor cores; MULTICAST are the copies to several blocks. Counts are of the code as it lies, a
+    loop's body once. warnings: of the assemblers, such as that products wait for each other.
     """
 
     registers: int
@@ -31,22 +35,25 @@ class Assembly:
 def dump_settings(folder: str | Path) -> dict[str, str]:
     """The environment in which a process writes its kernels' assembly into `folder`; read when JAX is imported."""
     return {
+        "MOSAIC_GPU_DUMP_PTX": "1",
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_SASS": "1",
         "MOSAIC_GPU_DUMP_TO": str(folder),
-        "CUDA_ROOT": str(_disassembler().parents[1]),
+        "CUDA_ROOT": str(_tool("nvdisasm").parents[1]),
     }
 
 
-def has_disassembler() -> bool:
-    return _disassembler() is not None
+def needs_tools() -> None:
+    """Skips a test where the compiler, the assembler or the disassembler is not installed."""
+    if importlib.util.find_spec("jax_cuda13_plugin") is None or not _tool("ptxas") or not _tool("nvdisasm"):
+        pytest.skip("jax_cuda13_plugin or nvidia's nvcc and nvdisasm are not installed: pip install -e '.[test,aot]'")
 
 
-def _disassembler() -> Path | None:
-    """nvdisasm of the wheel nvidia-cuda-nvdisasm, which is no module: it lies in a namespace of NVIDIA's wheels."""
+def _tool(name: str) -> Path | None:
+    """A program of the wheels nvidia-cuda-*, which are no modules: they lie in a namespace of NVIDIA's."""
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations if spec else ()
-    return next((path for root in roots for path in Path(root).glob("cu*/bin/nvdisasm")), None)
+    return next((path for root in roots for path in Path(root).glob(f"cu*/bin/{name}")), None)
 
 
 def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
@@ -54,13 +61,23 @@ def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
     found = collections.defaultdict(list)
     for path in sorted(Path(folder).glob("*.ptxas"), key=_number):
         name = path.stem.rpartition("_")[0]
-        report, code = path.read_text(), next(path.parent.glob(f"{path.stem}.sass*")).read_text()
-        spilled = sum(sum(map(int, match)) for match in _SPILLS.findall(report))
+        reports = [path.read_text(), _assemble(path.with_suffix(".ptx"))]
+        code = next(path.parent.glob(f"{path.stem}.sass*")).read_text()
+        registers = max(int(_REGISTERS.search(report)[1]) for report in reports)
+        spilled = max(sum(sum(map(int, match)) for match in _SPILLS.findall(report)) for report in reports)
         instructions = collections.Counter(_INSTRUCTION.findall(code))
         instructions["MULTICAST"] = code.count(".MULTICAST")
-        warnings = tuple(line for line in report.splitlines() if "Performance Loss" in line)
-        found[name].append(Assembly(int(_REGISTERS.search(report)[1]), spilled, dict(instructions), warnings))
+        warnings = tuple(line for report in reports for line in report.splitlines() if "Performance Loss" in line)
+        found[name].append(Assembly(registers, spilled, dict(instructions), warnings))
     return dict(found)
+
+
+def _assemble(path: Path) -> str:
+    """What the wheel's assembler says of a kernel."""
+    command = [_tool("ptxas"), "-arch=sm_90a", "-v", path, "-o", path.with_suffix(".cubin")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def _number(path: Path) -> int:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,11 +28,10 @@ from qwen35_jax.ops.gated_delta_net import gated_delta_net_step
 from tests.aot.bundles import DUMP, bundles_of, cycles_where_products_are
 from tests.aot.devices import TARGETS, target_devices
 from tests.aot.run import SETTINGS, of_this_jax
+from tests.aot.sass import dump_settings, needs_tools, read_assembly
 from tests.aot.test_compile import NEEDS
 
 SLOTS, TIME, CAPACITY, MIB = 64, 8192, 32768, 2**20
-_REGISTERS = re.compile(r"Used (\d+) registers")
-_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 # Bundles of the whole kernel, its convolutions and gates included, per value head and token, a twentieth above what was measured.
 STEP = {("v5e", "35b-a3b"): 91, ("tpu7x", "35b-a3b"): 74}
@@ -146,21 +145,23 @@ def compile_here(what: str, target: str, preset: str) -> dict:
 
 def compile_elsewhere(what: str, target: str, preset: str) -> dict:
     """`compile_here` in a process of its own, with the kernel's bundles on TPU, its registers and spilled bytes on GPU."""
-    needed = NEEDS[TARGETS[target].platform]
-    if importlib.util.find_spec(needed) is None:
+    needed, on_gpu = NEEDS[TARGETS[target].platform], TARGETS[target].platform == "cuda"
+    if on_gpu:
+        needs_tools()
+    elif importlib.util.find_spec(needed) is None:
         pytest.skip(f"{needed} is not installed: pip install -e '.[test,aot]'")
     with tempfile.TemporaryDirectory() as dump:
         settings = SETTINGS | {"LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {DUMP.format(dump)}"}
-        settings |= {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": dump}
+        settings |= dump_settings(dump) if on_gpu else {}
         command = [sys.executable, "-m", "tests.aot.test_decode_kernels", what, target, preset]
         root = Path(__file__).parents[2]
         done = subprocess.run(command, cwd=root, env=os.environ | settings, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0, f"{target} {preset} did not compile:\n{done.stderr[-4000:]}"
-        reports = "".join(p.read_text() for p in Path(dump).glob("*.ptxas"))
+        kernels = list(itertools.chain(*read_assembly(dump).values()))
         return json.loads(done.stdout.splitlines()[-1]) | {
             "bundles": bundles_of(Path(dump), KERNEL[what]) if what in KERNEL else None,
-            "registers": [int(n) for n in _REGISTERS.findall(reports)],
-            "spilled": sum(sum(map(int, pair)) for pair in _SPILLS.findall(reports)),
+            "registers": [kernel.registers for kernel in kernels],
+            "spilled": sum(kernel.spilled for kernel in kernels),
         }
 
 

@@ -6,7 +6,6 @@ python -m tests.aot.test_gated_delta_gpu h200 35b-a3b
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -23,7 +22,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.gated_delta import gated_delta_rule
 from tests.aot.devices import target_devices
 from tests.aot.run import GPU_SETTINGS, SETTINGS
-from tests.aot.sass import dump_settings, has_disassembler, read_assembly
+from tests.aot.sass import dump_settings, needs_tools, read_assembly
 
 TIME = 8192
 BARRIERS = 128  # bytes beside what is counted
@@ -68,8 +67,7 @@ def compile_kernels(target: str, preset: str) -> None:
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 @pytest.mark.parametrize(("target", "preset"), CASES)
 def test_gated_delta_kernels(target, preset, tmp_path):
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or not has_disassembler():
-        pytest.skip("jax_cuda13_plugin or nvidia-cuda-nvdisasm is not installed: pip install -e '.[test,aot]'")
+    needs_tools()
     command = [sys.executable, "-m", "tests.aot.test_gated_delta_gpu", target, preset]
     environment = os.environ | SETTINGS | GPU_SETTINGS | dump_settings(tmp_path)
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900)

@@ -6,7 +6,6 @@ python -m tests.aot.test_gpu_kernels_fp8 h200 35b-a3b
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from qwen35_jax.ops.hopper.rows import rows_times
 from qwen35_jax.ops.linear import linear
 from tests.aot.devices import target_devices
 from tests.aot.run import GPU_SETTINGS, SETTINGS
-from tests.aot.sass import dump_settings, has_disassembler, read_assembly
+from tests.aot.sass import dump_settings, needs_tools, read_assembly
 
 TOKENS, FEW = 8192, 8
 ODD = 70  # no multiple of 8, at which alone a copy of rows can begin
@@ -120,8 +119,7 @@ def _cases():
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 @pytest.mark.parametrize(("target", "preset"), list(_cases()))
 def test_products_for_hopper(target, preset):
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or not has_disassembler():
-        pytest.skip("jax_cuda13_plugin or nvidia-cuda-nvdisasm is not installed: pip install -e '.[test,aot]'")
+    needs_tools()
     kernels = compile_elsewhere(target, preset)
     print(target, preset, {name: [(a.registers, a.spilled) for a in found] for name, found in kernels.items()})
     assert [kernel.instructions["MULTICAST"] for kernel in kernels["fp8_rows"]].count(1) == 1  # x, of the blocks in pairs
