@@ -151,6 +151,12 @@ class ModelConfig:
         """Repeating units: `full_attention_interval` layers each, the last of them with full attention."""
         return self.num_hidden_layers // self.full_attention_interval
 
+    @property
+    def context_length(self) -> int:
+        """Tokens of the longest sequence: config.json may leave max_position_embeddings as they were before YaRN."""
+        stretched = self.rope.factor * self.rope.original_max_position_embeddings if self.rope.rope_type == "yarn" else 0
+        return max(self.max_position_embeddings, int(stretched))
+
     def replace(self, **changes) -> ModelConfig:
         return dataclasses.replace(self, **changes)
 

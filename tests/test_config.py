@@ -131,6 +131,17 @@ def test_wrong_rotary_parameters(rope, message):
         ModelConfig.from_hf(raw)
 
 
+@pytest.mark.parametrize(("factor", "known", "tokens"), [(None, 0, 8192), (4.0, 8192, 32768), (4.0, 1024, 8192)])
+def test_yarn_lengthens_the_context(factor, known, tokens):
+    """Model cards add rope_parameters for long prompts and leave max_position_embeddings."""
+    raw = tiny_json()
+    if factor:
+        yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": known}
+        raw["text_config"]["rope_parameters"] |= yarn
+    config = ModelConfig.from_hf(raw)
+    assert (config.max_position_embeddings, config.context_length) == (8192, tokens)
+
+
 @pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "rms_norm_eps", "head_dim", "num_experts", "vocab_size"])
 def test_missing_fields_do_not_fall_back(field):
     raw = tiny_json()

@@ -208,10 +208,10 @@ class LanguageModel:
         if not ids:
             raise UserError("a prompt is empty: give it at least one token")
         self._check_ids(np.asarray(ids))
-        if len(ids) >= self.config.max_position_embeddings:
+        if len(ids) >= self.config.context_length:
             raise UserError(
-                f"a prompt has {len(ids)} tokens, but the context is {self.config.max_position_embeddings} "
-                "(max_position_embeddings) including at least one new token: shorten it"
+                f"a prompt has {len(ids)} tokens, but the context is {self.config.context_length}, "
+                "including at least one new token: shorten it, or stretch the context (yarn)"
                 + (", or give fewer or smaller pictures (max_pixels, max_frames)" if visuals else "")
             )
         return Prepared(ids, tuple(visuals))
@@ -255,7 +255,7 @@ class LanguageModel:
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one, or one a prompt")
         settings = self.sampling(preset, **sampling)
         ends = () if ignore_eos else self.defaults.eos_token_ids
-        context = self.config.max_position_embeddings
+        context = self.config.context_length
         placed = [None] * len(prompts) if self.vision is None else self.vision.place(prompts)
         requests = [
             Request(ids, min(max_new_tokens, context - len(ids)), dataclasses.replace(settings, seed=int(s)), ends, own)

@@ -73,9 +73,9 @@ class Job:
 
     def check_context(self) -> None:
         """UserError where the model was not made for so many tokens."""
-        longest = self.config.max_position_embeddings
+        longest = self.config.context_length
         if self.context > longest:
-            raise UserError(f"--context {self.context}: {self.model} takes at most {longest} tokens (max_position_embeddings)")
+            raise UserError(f"--context {self.context}: {self.model} takes at most {longest} tokens")
 
     @property
     def config(self) -> ModelConfig:
