@@ -184,6 +184,8 @@ class Generation:
             self._start_decode()
 
     def _start_decode(self) -> None:
+        if all(r.max_new_tokens == 1 for r in self.requests):  # which prefill gives
+            return
         self.programs.start(steps.make_decode, *self._shape(steps.make_decode), **self.decode_options)
 
     def _shape(self, make: Callable, *extra: int) -> tuple:

@@ -84,6 +84,15 @@ def test_nothing_is_compiled_again_for_other_prompts_and_settings(tiny):
     assert compiled  # the listener hears what is compiled
 
 
+def test_decode_is_not_compiled_for_one_token(tiny):
+    prompts, before = [prompt(3)] * 9, tiny.programs.count  # so many rows in no other test
+    one = tiny.generate(prompts, max_new_tokens=1, **GREEDY)
+    assert tiny.programs.count - before == 3  # prefill, an empty state, the first token
+    two = tiny.generate(prompts, max_new_tokens=2, **GREEDY)
+    assert tiny.programs.count - before == 4
+    assert [d.token_ids for d in one] == [d.token_ids[:1] for d in two]
+
+
 def test_sampling_is_reproducible_and_depends_on_the_seed(tiny):
     options = {"max_new_tokens": 16, "temperature": 1.0, "top_k": 20, "ignore_eos": True}
     first, again, other = (tiny.generate([prompt(20)], seed=s, **options)[0].token_ids for s in (1, 1, 2))
@@ -190,7 +199,7 @@ def test_bad_requests_are_one_line(tiny, prompts, options, message):
 
 
 def test_the_context_limits_the_answer(tiny):
-    tokens = tiny.config.max_position_embeddings - 3
+    tokens = tiny.config.context_length - 3
     (done,) = tiny.generate([[1] * tokens], max_new_tokens=50, **GREEDY)
     assert len(done.token_ids) == 3 and done.finish_reason == "length"
 
