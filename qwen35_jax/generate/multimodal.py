@@ -78,11 +78,13 @@ class Placed:
 class Vision:
     """What a model that sees has more: its tower, and how its pictures are looked at.
 
-    `read_settings` is called when the first picture comes: errors in processor files do not concern text.
+    `read_settings` is called when the first picture comes: errors in processor files do not concern text. `seen`: the tower's
+    rows of the last prompts' pictures, by `Visual.digest`: each turn of a chat brings those before it.
     """
 
     encoder: VisionEncoder
     read_settings: Callable[[], VisionSettings]
+    seen: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def settings(self) -> VisionSettings:
@@ -95,9 +97,14 @@ class Vision:
         return [read_picture(p, settings) for p in pictures]
 
     def place(self, prompts: Sequence[Prepared]) -> list[Placed | None]:
-        """Each prompt's pictures through the vision tower, all prompts' together; None for a prompt of text."""
-        rows = iter(self.encoder.encode([v for p in prompts for v in p.visuals]))
-        taken = [[next(rows) for _ in p.visuals] for p in prompts]
+        """Each prompt's pictures through the vision tower, all prompts' together and each once; None for a prompt of text."""
+        pictures = {v.digest: v for p in prompts for v in p.visuals}
+        new = [digest for digest in pictures if digest not in self.seen]
+        rows = self.seen | dict(zip(new, self.encoder.encode([pictures[d] for d in new]), strict=True))
+        if pictures:
+            self.seen.clear()
+            self.seen.update((d, rows[d]) for d in pictures)
+        taken = [[rows[v.digest] for v in p.visuals] for p in prompts]
         config = self.encoder.model.config
         return [place(p.token_ids, p.visuals, own, config) if own else None for p, own in zip(prompts, taken, strict=True)]
 

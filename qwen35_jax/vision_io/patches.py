@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 
 import numpy as np
 
@@ -27,6 +29,13 @@ class Visual:
     def frame_tokens(self) -> int:
         """Placeholders of one temporal patch."""
         return self.grid[1] * self.grid[2] // self.merge**2
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """Of all that the vision tower sees."""
+        seen = hashlib.blake2b(repr((self.grid, self.merge, self.patches.shape)).encode(), digest_size=16)
+        seen.update(np.ascontiguousarray(self.patches))
+        return seen.digest()
 
     @property
     def tokens(self) -> int:

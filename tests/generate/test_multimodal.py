@@ -170,6 +170,24 @@ def test_the_tower_is_loaded_when_a_picture_comes(tmp_path):
     assert lm.stats()["vision_seconds"] == 0
 
 
+def test_a_picture_goes_through_the_tower_once(seeing, monkeypatch):
+    """Within a batch, and from one turn of a chat to the next; the rows are those of the picture, not of its place."""
+    encode, seen = seeing.vision.encoder.encode, []
+    monkeypatch.setattr(seeing.vision.encoder, "encode", lambda visuals: seen.append(len(visuals)) or encode(visuals))
+    a, b = picture(64, 96, seed=31), picture(64, 96, seed=32)
+    turn = user(image(a), "and ", image(b), "and ", image(a))
+    (first, other) = seeing.generate([turn, user(image(b))], **GREEDY)
+    answered = [*turn, {"role": "assistant", "content": "yes"}, *user(image(picture(32, 32, seed=33)), "?")]
+    (later,) = seeing.generate([answered], **GREEDY)
+    assert seen == [2, 1]
+    assert seeing.generate(["Hello"], **GREEDY) and seeing.generate([answered], **GREEDY) == [later]
+    assert seen == [2, 1, 0, 0] and seeing.stats()["vision_seconds"] == 0
+    seeing.vision.seen.clear()
+    assert seeing.generate([answered], **GREEDY) == [later]
+    assert seeing.generate([turn, user(image(b))], **GREEDY) == [first, other]
+    assert seen[4:] == [3, 0] and set(map(len, seeing.vision.seen)) == {16}
+
+
 def _wrong(prompt, message: str, lm, **options):
     with pytest.raises(UserError, match=message) as error:
         lm.generate([prompt], **GREEDY, **options)
