@@ -99,12 +99,11 @@ class Vision:
     def place(self, prompts: Sequence[Prepared]) -> list[Placed | None]:
         """Each prompt's pictures through the vision tower, all prompts' together and each once; None for a prompt of text."""
         pictures = {v.digest: v for p in prompts for v in p.visuals}
+        for digest in self.seen.keys() - pictures.keys() if pictures else ():
+            del self.seen[digest]
         new = [digest for digest in pictures if digest not in self.seen]
-        rows = self.seen | dict(zip(new, self.encoder.encode([pictures[d] for d in new]), strict=True))
-        if pictures:
-            self.seen.clear()
-            self.seen.update((d, rows[d]) for d in pictures)
-        taken = [[rows[v.digest] for v in p.visuals] for p in prompts]
+        self.seen.update(zip(new, self.encoder.encode([pictures[digest] for digest in new]), strict=True))
+        taken = [[self.seen[v.digest] for v in p.visuals] for p in prompts]
         config = self.encoder.model.config
         return [place(p.token_ids, p.visuals, own, config) if own else None for p, own in zip(prompts, taken, strict=True)]
 
