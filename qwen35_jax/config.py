@@ -44,6 +44,8 @@ class RopeConfig:
             raise UserError(f"config: partial_rotary_factor is {self.partial_rotary_factor}; it must be above 0 and at most 1")
         if self.rope_type == "yarn" and not (self.factor >= 1 and self.original_max_position_embeddings):
             raise UserError("rope_type 'yarn' needs factor >= 1 and original_max_position_embeddings in rope_parameters")
+        if self.rope_type == "yarn" and self.factor * self.original_max_position_embeddings > LARGEST_INT:
+            raise UserError(f"yarn: {self.factor} times {self.original_max_position_embeddings} positions are too many")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +168,8 @@ class ModelConfig:
             raise UserError(f"yarn is {factor}; it must be a number")
         known = self.rope.original_max_position_embeddings or self.max_position_embeddings
         rope = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": known}
-        return self.replace(rope=dataclasses.replace(self.rope, **rope), max_position_embeddings=int(known * factor))
+        rope = dataclasses.replace(self.rope, **rope)
+        return self.replace(rope=rope, max_position_embeddings=int(known * factor))
 
     @classmethod
     def from_hf(cls, source: str | epath.Path | Mapping[str, Any]) -> ModelConfig:

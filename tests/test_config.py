@@ -115,6 +115,10 @@ def test_wrong_fields_are_named(top, text, message):
         ({"rope_type": "dynamic"}, "rope_type is 'dynamic'; accepted are default, yarn"),
         ({"rope_type": "yarn"}, "rope_parameters.factor is missing"),
         ({"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings is missing"),
+        (
+            {"rope_type": "yarn", "factor": 1e308, "original_max_position_embeddings": 9},
+            "1e\\+308 times 9 positions",
+        ),
         ({"mrope_section": [3, 3]}, "mrope_section"),
         ({"mrope_section": [3, 3, 3]}, "mrope_section .* must add up to 8"),
         ({"mrope_interleaved": False}, "mrope_interleaved is False"),

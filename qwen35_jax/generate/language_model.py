@@ -105,7 +105,7 @@ class LanguageModel:
         pad = ((0, rows - b), (0, length - t))
         more = ()
         if visuals:
-            placed = place_rows(tokens, segments, visuals, self.vision.encoder.encode(visuals), self.config)
+            placed = place_rows(tokens, segments, visuals, self.vision.encode(visuals), self.config)
             more = (step_arrays(placed, rows, 0, length, self.config),)
         options = {"layers": layers} | ({"vision": True} if visuals else {})
         program = self.programs.get(steps.make_logits, rows, length, **options)

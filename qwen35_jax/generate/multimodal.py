@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -84,7 +85,7 @@ class Vision:
 
     encoder: VisionEncoder
     read_settings: Callable[[], VisionSettings]
-    seen: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict)
+    seen: dict[bytes, np.ndarray] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     @functools.cached_property
     def settings(self) -> VisionSettings:
@@ -97,15 +98,25 @@ class Vision:
         return [read_picture(p, settings) for p in pictures]
 
     def place(self, prompts: Sequence[Prepared]) -> list[Placed | None]:
-        """Each prompt's pictures through the vision tower, all prompts' together and each once; None for a prompt of text."""
-        pictures = {v.digest: v for p in prompts for v in p.visuals}
-        for digest in self.seen.keys() - pictures.keys() if pictures else ():
+        """Each prompt's pictures through the vision tower, all prompts' together; None for a prompt of text."""
+        rows = iter(self.encode([v for p in prompts for v in p.visuals]))
+        taken = [[next(rows) for _ in p.visuals] for p in prompts]
+        config = self.encoder.model.config
+        return [place(p.token_ids, p.visuals, own, config) if own else None for p, own in zip(prompts, taken, strict=True)]
+
+    def encode(self, visuals: Sequence[Visual]) -> list[np.ndarray]:
+        """`VisionEncoder.encode`; a picture that stands there twice, or was in the last call with pictures, is taken from there.
+
+        Not with several processes: they run the tower together, and must not each decide by what it has read.
+        """
+        if not visuals or jax.process_count() > 1:
+            return self.encoder.encode(visuals)
+        pictures = {v.digest: v for v in visuals}
+        for digest in self.seen.keys() - pictures.keys():
             del self.seen[digest]
         new = [digest for digest in pictures if digest not in self.seen]
         self.seen.update(zip(new, self.encoder.encode([pictures[digest] for digest in new]), strict=True))
-        taken = [[self.seen[v.digest] for v in p.visuals] for p in prompts]
-        config = self.encoder.model.config
-        return [place(p.token_ids, p.visuals, own, config) if own else None for p, own in zip(prompts, taken, strict=True)]
+        return [self.seen[v.digest] for v in visuals]
 
 
 def place(token_ids: Sequence[int], visuals: Sequence[Visual], rows: list[np.ndarray], config: ModelConfig) -> Placed:

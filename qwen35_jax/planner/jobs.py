@@ -75,7 +75,8 @@ class Job:
         """UserError where the model was not made for so many tokens."""
         longest = self.config.context_length
         if self.context > longest:
-            raise UserError(f"--context {self.context}: {self.model} takes at most {longest} tokens")
+            more = "" if self.training else "; --yarn gives it more"
+            raise UserError(f"--context {self.context}: {self.model} takes at most {longest} tokens{more}")
 
     @property
     def config(self) -> ModelConfig:

@@ -13,7 +13,9 @@ import itertools
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -178,12 +180,25 @@ def prepare_process(platform: str) -> None:
         os.environ["XLA_FLAGS"] = f"{given} {GPU_SETTINGS['XLA_FLAGS']}"
 
 
+def missing_compiler(platform: str) -> str | None:
+    """The package that is missing where one is, of those that compile for a platform."""
+    if importlib.util.find_spec(COMPILERS[platform]) is None:
+        return COMPILERS[platform]
+    return "nvidia-cuda-nvcc" if platform == "cuda" and not _has_assembler() else None
+
+
+def _has_assembler() -> bool:
+    """Whether XLA can find ptxas: CUDA's, or that of NVIDIA's wheels, which are no modules but lie in one namespace."""
+    spec = importlib.util.find_spec("nvidia")
+    wheels = (path for root in (spec.submodule_search_locations if spec else ()) for path in Path(root).glob("*/bin/ptxas"))
+    return bool(shutil.which("ptxas")) or Path("/usr/local/cuda/bin/ptxas").exists() or any(wheels)
+
+
 def topology_devices(topology: Topology) -> list[jax.Device]:
     """The devices of a topology, good for a Mesh and for lowering and compiling, not for running. UserError where the
     compiler is not installed or does not know the topology."""
-    compiler = COMPILERS[topology.platform]
-    if importlib.util.find_spec(compiler) is None:
-        raise UserError(f"compiling for {topology} needs {compiler}: pip install -e '.[aot]'")
+    if missing := missing_compiler(topology.platform):
+        raise UserError(f"compiling for {topology} needs {missing}: pip install -e '.[aot]'")
     try:
         if topology.platform == "tpu":
             return list(topologies.get_topology_desc(platform="tpu", topology_name=str(topology)).devices)
@@ -193,6 +208,7 @@ def topology_devices(topology: Topology) -> list[jax.Device]:
         )
         return list(description.devices)
     except (RuntimeError, ValueError, NotImplementedError) as error:
+        compiler = COMPILERS[topology.platform]
         raise UserError(f"topology {topology} is refused by {compiler}: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import jax
+import pytest
 
-from qwen35_jax.planner.topologies import parse_topology, topology_devices
+from qwen35_jax.planner.topologies import missing_compiler, parse_topology, topology_devices
 
 TARGETS = {
     name: parse_topology(text)
@@ -20,6 +21,12 @@ TARGETS = {
         "h100-2": "h100:2x8",
     }.items()
 }
+
+
+def needs_compiler(target: str) -> None:
+    """Skips a test where what compiles for a target is not installed."""
+    if missing := missing_compiler(TARGETS[target].platform):
+        pytest.skip(f"{missing} is not installed: pip install -e '.[test,aot]'")
 
 
 def target_devices(target: str) -> list[jax.Device]:

@@ -6,12 +6,15 @@ import collections
 import dataclasses
 import importlib.util
 import re
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
+_PTX_VERSION = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)")
 
@@ -20,10 +23,10 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*
 class Assembly:
     """One kernel: registers a thread, bytes spilled (stores and loads), how often each instruction stands in the code.
 
-    Registers and spills are the most that two assemblers report, the one that XLA takes, which depends on the machine (ptxas on
-    PATH, or nvJitLink), and that of the wheel nvidia-cuda-nvcc. Instructions are named without their suffixes: QGMMA multiplies
-    FP8 and HGMMA bfloat16 on the tensor cores; MULTICAST are the copies to several blocks. Counts are of the code as it lies, a
-    loop's body once. warnings: of the assemblers, such as that products wait for each other.
+    Registers and spills are the most that any assembler reports: the one that XLA takes, which depends on the machine (nvJitLink
+    or a ptxas), the ptxas on PATH if there is one, and that of the wheel nvidia-cuda-nvcc. Instructions are named without their
+    suffixes: QGMMA multiplies FP8 and HGMMA bfloat16 on the tensor cores; MULTICAST are the copies to several blocks. Counts are
+    of the code as it lies, a loop's body once. warnings: of the assemblers, such as that products wait for each other.
     """
 
     registers: int
@@ -43,17 +46,17 @@ def dump_settings(folder: str | Path) -> dict[str, str]:
     }
 
 
-def needs_tools() -> None:
-    """Skips a test where the compiler, the assembler or the disassembler is not installed."""
-    if importlib.util.find_spec("jax_cuda13_plugin") is None or not _tool("ptxas") or not _tool("nvdisasm"):
-        pytest.skip("jax_cuda13_plugin or nvidia's nvcc and nvdisasm are not installed: pip install -e '.[test,aot]'")
+def needs_disassembler() -> None:
+    """Skips a test where NVIDIA's disassembler or its wheel's assembler is not installed."""
+    if not _tool("ptxas") or not _tool("nvdisasm"):
+        pytest.skip("nvidia-cuda-nvcc or nvidia-cuda-nvdisasm is not installed: pip install -e '.[test,aot]'")
 
 
 def _tool(name: str) -> Path | None:
     """A program of the wheels nvidia-cuda-*, which are no modules: they lie in a namespace of NVIDIA's."""
     spec = importlib.util.find_spec("nvidia")
     roots = spec.submodule_search_locations if spec else ()
-    return next((path for root in roots for path in Path(root).glob(f"cu*/bin/{name}")), None)
+    return max((path for root in roots for path in Path(root).glob(f"cu*/bin/{name}")), default=None)
 
 
 def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
@@ -61,7 +64,7 @@ def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
     found = collections.defaultdict(list)
     for path in sorted(Path(folder).glob("*.ptxas"), key=_number):
         name = path.stem.rpartition("_")[0]
-        reports = [path.read_text(), _assemble(path.with_suffix(".ptx"))]
+        reports = [path.read_text(), *_assemble(path.with_suffix(".ptx"))]
         code = next(path.parent.glob(f"{path.stem}.sass*")).read_text()
         registers = max(int(_REGISTERS.search(report)[1]) for report in reports)
         spilled = max(sum(sum(map(int, match)) for match in _SPILLS.findall(report)) for report in reports)
@@ -72,12 +75,14 @@ def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
     return dict(found)
 
 
-def _assemble(path: Path) -> str:
-    """What the wheel's assembler says of a kernel."""
-    command = [_tool("ptxas"), "-arch=sm_90a", "-v", path, "-o", path.with_suffix(".cubin")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+def _assemble(path: Path) -> Iterator[str]:
+    """What each ptxas says of a kernel. That on PATH may be older than the PTX, which says so: it needs no more than PTX 8.6."""
+    source = _PTX_VERSION.sub(".version 8.6", path.read_text(), count=1)
+    for assembler in filter(None, (_tool("ptxas"), shutil.which("ptxas"))):
+        command = [assembler, "-arch=sm_90a", "-v", "-", "-o", path.with_suffix(".cubin")]
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{assembler}: {done.stderr}"
+        yield done.stderr
 
 
 def _number(path: Path) -> int:

@@ -4,7 +4,6 @@ into the memory, need no unexpected temporaries, and exchange what they should b
 from __future__ import annotations
 
 import collections
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,11 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.aot.devices import TARGETS
+from tests.aot.devices import TARGETS, needs_compiler
 from tests.aot.run import SETTINGS, Case, compile_elsewhere, of_this_jax
 
 MIB = 2**20
-NEEDS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
 
 # The ceilings after each case are MiB of temporaries per device, about a tenth above what was measured: with jax 0.10.2,
 # and with 0.12 where that differs: on GPUs it has our kernels. A step needs about a unit's weights and activations; the rest
@@ -93,8 +91,7 @@ def _parameters():
 @pytest.mark.parametrize(("case", "ceilings"), list(_parameters()))
 def test_compiles(case, ceilings):
     target = TARGETS[case.target]
-    if importlib.util.find_spec(NEEDS[target.platform]) is None:
-        pytest.skip(f"{NEEDS[target.platform]} is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(case.target)
     if _crashes(case):
         pytest.skip("the TPU compiler that comes with this JAX crashes on it: see docs/lab_notes.md")
     result = compile_elsewhere(case, timeout=900)
@@ -107,8 +104,7 @@ def test_compiles(case, ceilings):
 
 @pytest.mark.parametrize("mesh", ["1x3", "7x1"])
 def test_a_mesh_that_the_chips_do_not_form(mesh):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    needs_compiler("v5e")
     program = f"from tests.aot.devices import *; from qwen35_jax.sharding import *; make_mesh({mesh!r}, target_devices('v5e'))"
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], cwd=root, env=os.environ | SETTINGS, capture_output=True, text=True)

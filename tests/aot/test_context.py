@@ -3,11 +3,9 @@ gathered of the whole sequence but what `docs/scaling.md` counts."""
 
 from __future__ import annotations
 
-import importlib.util
-
 import pytest
 
-from tests.aot.devices import TARGETS
+from tests.aot.devices import TARGETS, needs_compiler
 from tests.aot.run import Case, compile_elsewhere
 
 MIB, GIB = 2**20, 2**30
@@ -27,8 +25,7 @@ CASES = [
     ("case", "arguments", "temporaries"), [pytest.param(*case, id=f"{case[0].model}-{case[0].step}") for case in CASES]
 )
 def test_a_million_tokens_fit(case, arguments, temporaries):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(case.target)
     result = compile_elsewhere(case, timeout=1800)
     print({name: value for name, value in result.items() if name != "collectives"})
     assert result["argument_bytes"] < arguments * GIB

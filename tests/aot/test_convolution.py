@@ -7,7 +7,6 @@ python -m tests.aot.test_convolution v5e 35b-a3b xla
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
@@ -19,6 +18,7 @@ from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.causal_conv.tpu import CHANNELS, TOKENS
 from qwen35_jax.ops.gated_delta_net import convolve
 from tests.aot import bundles
+from tests.aot.devices import needs_compiler
 
 TIME = 8192
 KERNELS = ("causal_conv", "transpose_jvp_causal_conv_gradient")
@@ -76,8 +76,7 @@ def _cases():
 
 @pytest.mark.parametrize(("target", "preset", "ceilings"), list(_cases()))
 def test_convolution(target, preset, ceilings):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(target)
     result, found = measure(target, preset)
     print(target, preset, result, found)
     assert all(n <= ceiling for n, ceiling in zip(found, ceilings, strict=True)), found

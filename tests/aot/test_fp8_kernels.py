@@ -7,7 +7,6 @@ python -m tests.aot.test_fp8_kernels v5e 35b-a3b xla training
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 
@@ -21,6 +20,7 @@ from qwen35_jax.ops.fp8.tpu import make_tile
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.linear import linear
 from tests.aot import bundles
+from tests.aot.devices import needs_compiler
 
 TOKENS, FEW = 8192, 32  # of prefill and of a decode step
 SHARDS = 8  # devices that the experts are spread over
@@ -124,8 +124,7 @@ def _cases():
 
 @pytest.mark.parametrize(("target", "preset", "ceilings"), list(_cases()))
 def test_fp8_kernels(target, preset, ceilings):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(target)
     temporaries, found = measure(target, preset)
     print(target, preset, temporaries, found)
     assert temporaries.keys() == found.keys() == {kernel for kernel in KERNELS if kernel.split("_")[1] in shapes(preset)}

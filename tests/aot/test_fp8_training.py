@@ -6,7 +6,6 @@ python -m tests.aot.test_fp8_training h200 linear
 from __future__ import annotations
 
 import functools
-import importlib.util
 import itertools
 import json
 import os
@@ -28,9 +27,8 @@ from qwen35_jax.ops.fp8 import Fp8Operand
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.planner import hlo
 from qwen35_jax.sharding import Sharding, make_mesh
-from tests.aot.devices import TARGETS, target_devices
+from tests.aot.devices import needs_compiler, target_devices
 from tests.aot.run import SETTINGS
-from tests.aot.test_compile import NEEDS
 
 B, T, D, F, E = 8, 512, 1024, 2048, 8
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)")
@@ -99,8 +97,7 @@ hopper = pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernel
 )
 def test_multiplies_in_fp8(target, op):
     """The kernels of linears run on each device's shard, with the exchanges of the partitioned form."""
-    if importlib.util.find_spec(NEEDS[TARGETS[target].platform]) is None:
-        pytest.skip(f"{NEEDS[TARGETS[target].platform]} is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(target)
     command = [sys.executable, "-m", "tests.aot.test_fp8_training", target, op]
     root = Path(__file__).parents[2]
     done = subprocess.run(command, cwd=root, env=os.environ | SETTINGS, capture_output=True, text=True, timeout=900)

@@ -20,15 +20,16 @@ from jax.sharding import NamedSharding
 from qwen35_jax.compat import HAS_MOSAIC_GPU
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.ops.gated_delta import gated_delta_rule
-from tests.aot.devices import target_devices
+from tests.aot.devices import needs_compiler, target_devices
 from tests.aot.run import GPU_SETTINGS, SETTINGS
-from tests.aot.sass import dump_settings, needs_tools, read_assembly
+from tests.aot.sass import dump_settings, needs_disassembler, read_assembly
 
 TIME = 8192
 BARRIERS = 128  # bytes beside what is counted
 SHARED_BYTES = 227 * 1024  # of a thread block on Hopper
-# Three blocks of `chunks` share a multiprocessor: its 65,536 registers, and 228 KiB of which each takes one for itself.
-MOST_REGISTERS, MOST_SHARED = {"chunks": 168}, {"chunks": 228 * 1024 // 3 - 1024}
+# Three blocks of `chunks` share a multiprocessor: its 65,536 registers, and 228 KiB of which each takes one for itself. Of the
+# others one does, with 255 registers a thread: what takes nearly all of them spills with the next assembler.
+MOST_REGISTERS, MOST_SHARED = {"chunks": 168, "forward": 252, "reverse": 248}, {"chunks": 228 * 1024 // 3 - 1024}
 KERNELS = {"chunks", "forward", "reverse", "gradients"}
 CASES = [
     pytest.param(target, preset, marks=() if (target, preset) == ("h200", "35b-a3b") else pytest.mark.slow)
@@ -67,7 +68,8 @@ def compile_kernels(target: str, preset: str) -> None:
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 @pytest.mark.parametrize(("target", "preset"), CASES)
 def test_gated_delta_kernels(target, preset, tmp_path):
-    needs_tools()
+    needs_compiler(target)
+    needs_disassembler()
     command = [sys.executable, "-m", "tests.aot.test_gated_delta_gpu", target, preset]
     environment = os.environ | SETTINGS | GPU_SETTINGS | dump_settings(tmp_path)
     done = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, timeout=900)

@@ -23,9 +23,9 @@ from qwen35_jax.ops.fp8 import Fp8Operand, Fp8Weight, quantize_activation, quant
 from qwen35_jax.ops.grouped_linear import grouped_linear
 from qwen35_jax.ops.hopper.rows import rows_times
 from qwen35_jax.ops.linear import linear
-from tests.aot.devices import target_devices
+from tests.aot.devices import needs_compiler, target_devices
 from tests.aot.run import GPU_SETTINGS, SETTINGS
-from tests.aot.sass import dump_settings, needs_tools, read_assembly
+from tests.aot.sass import dump_settings, needs_disassembler, read_assembly
 
 TOKENS, FEW = 8192, 8
 ODD = 70  # no multiple of 8, at which alone a copy of rows can begin
@@ -119,7 +119,8 @@ def _cases():
 @pytest.mark.skipif(not HAS_MOSAIC_GPU, reason="Pallas Mosaic GPU kernels need JAX 0.11 or newer")
 @pytest.mark.parametrize(("target", "preset"), list(_cases()))
 def test_products_for_hopper(target, preset):
-    needs_tools()
+    needs_compiler(target)
+    needs_disassembler()
     kernels = compile_elsewhere(target, preset)
     print(target, preset, {name: [(a.registers, a.spilled) for a in found] for name, found in kernels.items()})
     assert [kernel.instructions["MULTICAST"] for kernel in kernels["fp8_rows"]].count(1) == 1  # x, of the blocks in pairs

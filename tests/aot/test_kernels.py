@@ -6,7 +6,6 @@ python -m tests.aot.test_kernels v5e 35b-a3b
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 import time
@@ -20,6 +19,7 @@ from qwen35_jax.ops.gated_delta import gated_delta_rule
 from qwen35_jax.ops.gated_delta.tpu import HEADS
 from qwen35_jax.ops.gated_delta.tpu_kernels import CHUNK
 from tests.aot import bundles
+from tests.aot.devices import needs_compiler
 
 TIME = 8192
 KERNELS = {  # names in the compiler's dumps, and which of HEADS
@@ -91,8 +91,7 @@ def _cases():
 
 @pytest.mark.parametrize(("target", "preset", "ceilings"), list(_cases()))
 def test_gated_delta_kernels(target, preset, ceilings):
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(target)
     result = compile_elsewhere(target, preset)
     print(target, preset, result)
     for name, ceiling in zip(KERNELS, ceilings, strict=True):

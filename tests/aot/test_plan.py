@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -14,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen35_jax.planner.topologies import COMPILERS, parse_topology
+from qwen35_jax.planner.topologies import missing_compiler, parse_topology
 from tests.aot.run import of_this_jax
 
 ROOT = Path(__file__).parents[2]
@@ -33,9 +32,8 @@ MINUTES, GIBIBYTES = 3, 8
 
 
 def plan_of(model: str, text: str, *flags: str) -> dict:
-    compiler = COMPILERS[parse_topology(text).platform]
-    if importlib.util.find_spec(compiler) is None:
-        pytest.skip(f"{compiler} is not installed: pip install -e '.[test,aot]'")
+    if missing := missing_compiler(parse_topology(text).platform):
+        pytest.skip(f"{missing} is not installed: pip install -e '.[test,aot]'")
     return json.loads(measured([sys.executable, "-m", "qwen35_jax.plan", "--model", model, "--topology", text, "--json", *flags]))
 
 

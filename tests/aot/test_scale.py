@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
 
 import pytest
 
 from qwen35_jax.config import ModelConfig
 from qwen35_jax.model import parameter_counts
-from tests.aot.devices import TARGETS
+from tests.aot.devices import TARGETS, needs_compiler
 from tests.aot.run import Case, compile_elsewhere, of_this_jax
-from tests.aot.test_compile import NEEDS
 
 MIB = 2**20
 
 
 def compiled(case: Case) -> tuple[dict, collections.Counter]:
     """What `compile_case` says, and how many collectives of more than a kilobyte of each kind there are."""
-    needed = NEEDS[TARGETS[case.target].platform]
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"{needed} is not installed: pip install -e '.[test,aot]'")
+    needs_compiler(case.target)
     result = compile_elsewhere(case, timeout=900)
     print(case, {k: v for k, v in result.items() if k != "collectives"})
     assert result["total_bytes"] < 0.95 * TARGETS[case.target].hbm

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 
 import pytest
 
+from tests.aot.devices import needs_compiler
 from tests.aot.run import Case, compile_elsewhere
 
 GIB = 2**30
@@ -15,8 +15,7 @@ STEP = Case("v5p-64", "64x1", "35b-a3b", "train", rows=64, length=4096)  # one s
 
 @pytest.mark.slow
 def test_fp8_takes_fewer_temporaries_than_bfloat16():
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install -e '.[test,aot]'")
+    needs_compiler("v5p-64")
     found = {}
     for fp8 in (False, True):  # one after the other: each compilation takes 11 GiB
         result = compile_elsewhere(dataclasses.replace(STEP, fp8=fp8), timeout=3000)

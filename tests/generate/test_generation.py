@@ -204,6 +204,14 @@ def test_the_context_limits_the_answer(tiny):
     assert len(done.token_ids) == 3 and done.finish_reason == "length"
 
 
+def test_yarn_stretches_the_context(tiny_on):
+    lm = tiny_on(yarn=True)
+    (done,) = lm.generate([[1] * 100], max_new_tokens=50, **GREEDY)
+    assert len(done.token_ids) == 28 and done.finish_reason == "length"
+    with pytest.raises(UserError, match="128 tokens, but the context is 128,"):
+        lm.prepare([1] * 128)
+
+
 def test_packed_documents_are_separate_documents(tiny):
     a, b = prompt(40, 1), prompt(50, 2)
     packed = np.asarray(tiny.logits([a + b], segment_ids=[[1] * 40 + [2] * 50]))[0]

@@ -8,6 +8,7 @@ from unittest import mock
 
 import jax
 import numpy as np
+from jax._src.state import primitives as state_primitives
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qwen35_jax.ops.hopper import matrices
@@ -35,11 +36,9 @@ def _wgmma(*, token, thread, mesh_location, acc_allocation_key_as_array, acc_tra
     return token
 
 
-def _add_products(totals, *sums, **options):
-    """As `matrices.add_products`: the interpreter knows no sums that begin with what registers hold."""
-    found = matrices.products(*sums, **options)
-    found[: len(sums)] = [x if total is None else total + x for total, x in zip(totals, found, strict=False)]
-    return found
+def _store(accumulator, value):
+    """As `wgmma_accumulator_store`, of which the interpreter knows nothing: it has accumulators among its buffers."""
+    state_primitives.swap_p.bind(accumulator, value, tree=jax.tree.structure(()))
 
 
 def _sum_of_rows(x, _):
@@ -61,9 +60,11 @@ def run_or_interpreted():
 @contextlib.contextmanager
 def interpreted(**options):
     """Under it, GPU kernels run interpreted, with the options of `plgpu.InterpretGPUParams`."""
+    from jax._src.pallas.mosaic_gpu import primitives
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks as interpreter
 
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(**options)):
         with mock.patch.object(interpreter, "wgmma", interpreter.fail_on_exception(_wgmma)):
-            with mock.patch.multiple(matrices, add_products=_add_products, sum_of_rows=_sum_of_rows):
-                yield
+            with mock.patch.object(primitives, "wgmma_accumulator_store", _store):
+                with mock.patch.object(matrices, "sum_of_rows", _sum_of_rows):
+                    yield
