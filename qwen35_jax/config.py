@@ -168,8 +168,7 @@ class ModelConfig:
             raise UserError(f"yarn is {factor}; it must be a number")
         known = self.rope.original_max_position_embeddings or self.max_position_embeddings
         rope = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": known}
-        rope = dataclasses.replace(self.rope, **rope)
-        return self.replace(rope=rope, max_position_embeddings=int(known * factor))
+        return self.replace(rope=dataclasses.replace(self.rope, **rope), max_position_embeddings=int(known * factor))
 
     @classmethod
     def from_hf(cls, source: str | epath.Path | Mapping[str, Any]) -> ModelConfig:

@@ -31,6 +31,7 @@ QUIET |= {"TPU_MIN_LOG_LEVEL": "3", "TF_CPP_MIN_LOG_LEVEL": "3"}
 # How much scratch CUB's sort needs, the compiler asks the GPU, for some sizes; its own sort it can plan alone.
 GPU_SETTINGS = {"XLA_FLAGS": "--xla_gpu_enable_cub_radix_sort=false"}
 COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda13_plugin"}
+CUDA = Path("/usr/local/cuda/bin/ptxas")
 MAX_DEVICES = 16384
 
 
@@ -188,10 +189,16 @@ def missing_compiler(platform: str) -> str | None:
 
 
 def _has_assembler() -> bool:
-    """Whether XLA can find ptxas: CUDA's, or that of NVIDIA's wheels, which are no modules but lie in one namespace."""
+    """Whether XLA can find ptxas: that of the wheel, or of CUDA where it is on PATH, at its usual place or named in a flag."""
+    named = "xla_gpu_cuda_data_dir" in os.environ.get("XLA_FLAGS", "")
+    return bool(wheel_tool("ptxas") or shutil.which("ptxas")) or CUDA.exists() or named
+
+
+def wheel_tool(name: str) -> Path | None:
+    """A program of the wheels nvidia-cuda-*, which are no modules: they lie in a namespace of NVIDIA's."""
     spec = importlib.util.find_spec("nvidia")
-    wheels = (path for root in (spec.submodule_search_locations if spec else ()) for path in Path(root).glob("*/bin/ptxas"))
-    return bool(shutil.which("ptxas")) or Path("/usr/local/cuda/bin/ptxas").exists() or any(wheels)
+    roots = spec.submodule_search_locations if spec else ()
+    return max((path for root in roots for path in Path(root).glob(f"cu*/bin/{name}")), default=None)
 
 
 def topology_devices(topology: Topology) -> list[jax.Device]:

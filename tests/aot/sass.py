@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -12,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from qwen35_jax.planner.topologies import wheel_tool
 
 _REGISTERS = re.compile(r"Used (\d+) registers")
 _PTX_VERSION = re.compile(r"^\.version \d+\.\d+", re.MULTILINE)
@@ -42,21 +43,14 @@ def dump_settings(folder: str | Path) -> dict[str, str]:
         "MOSAIC_GPU_DUMP_PTXAS": "1",
         "MOSAIC_GPU_DUMP_SASS": "1",
         "MOSAIC_GPU_DUMP_TO": str(folder),
-        "CUDA_ROOT": str(_tool("nvdisasm").parents[1]),
+        "CUDA_ROOT": str(wheel_tool("nvdisasm").parents[1]),
     }
 
 
 def needs_disassembler() -> None:
     """Skips a test where NVIDIA's disassembler or its wheel's assembler is not installed."""
-    if not _tool("ptxas") or not _tool("nvdisasm"):
+    if not wheel_tool("ptxas") or not wheel_tool("nvdisasm"):
         pytest.skip("nvidia-cuda-nvcc or nvidia-cuda-nvdisasm is not installed: pip install -e '.[test,aot]'")
-
-
-def _tool(name: str) -> Path | None:
-    """A program of the wheels nvidia-cuda-*, which are no modules: they lie in a namespace of NVIDIA's."""
-    spec = importlib.util.find_spec("nvidia")
-    roots = spec.submodule_search_locations if spec else ()
-    return max((path for root in roots for path in Path(root).glob(f"cu*/bin/{name}")), default=None)
 
 
 def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
@@ -78,7 +72,7 @@ def read_assembly(folder: str | Path) -> dict[str, list[Assembly]]:
 def _assemble(path: Path) -> Iterator[str]:
     """What each ptxas says of a kernel. That on PATH may be older than the PTX, which says so: it needs no more than PTX 8.6."""
     source = _PTX_VERSION.sub(".version 8.6", path.read_text(), count=1)
-    for assembler in filter(None, (_tool("ptxas"), shutil.which("ptxas"))):
+    for assembler in filter(None, (wheel_tool("ptxas"), shutil.which("ptxas"))):
         command = [assembler, "-arch=sm_90a", "-v", "-", "-o", path.with_suffix(".cubin")]
         done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{assembler}: {done.stderr}"

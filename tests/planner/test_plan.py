@@ -15,7 +15,7 @@ import jax
 import pytest
 
 from qwen35_jax.errors import UserError
-from qwen35_jax.planner import compiled, table
+from qwen35_jax.planner import compiled, table, topologies
 from qwen35_jax.planner.jobs import Job, Step
 from qwen35_jax.planner.topologies import COMPILERS, parse_topology, stand_ins
 from tests.forked import run_all
@@ -95,6 +95,20 @@ def test_an_absent_compiler_is_named_with_what_installs_it():
         pytest.skip("libtpu is installed here")
     (result,) = run_all("qwen35_jax.plan", [["--model", "0.8b", "--topology", "v5e:2x4"]], ROOT)
     assert result.returncode == 1 and result.stderr.count("\n") == 1 and ".[aot]" in result.stderr
+
+
+def test_an_absent_assembler_is_named(monkeypatch, tmp_path):
+    """What XLA makes of a kernel goes through ptxas: of CUDA or of a wheel."""
+    namespace = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: namespace)
+    monkeypatch.setattr(topologies, "CUDA", tmp_path / "ptxas")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert topologies.missing_compiler("cuda") == "nvidia-cuda-nvcc" and topologies.missing_compiler("tpu") is None
+    with pytest.raises(UserError, match="h100:8 needs nvidia-cuda-nvcc: pip install"):
+        topologies.topology_devices(parse_topology("h100:8"))
+    (tmp_path / "cu13/bin").mkdir(parents=True)
+    (tmp_path / "cu13/bin/ptxas").touch()
+    assert topologies.missing_compiler("cuda") is None
 
 
 def test_the_table_of_all_sizes(monkeypatch):

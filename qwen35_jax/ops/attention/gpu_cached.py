@@ -157,7 +157,7 @@ def _kernel(tile: Tile, scale: float, slots, base, count, cut, q, k, v, out, *re
         total = total * shrink + jnp.sum(weights, axis=1)
         summed = summed * _over(shrink, summed.shape[1])
         plgpu.barrier_wait(v_loaded.at[stage])
-        (summed,) = matrices.add_products([summed], [(weights.astype(jnp.bfloat16), v_smem.at[stage])])
+        (summed,) = matrices.products([(weights.astype(jnp.bfloat16), v_smem.at[stage])], totals=[summed])
         plgpu.commit_smem()  # copies may overwrite what was read here only after a fence
         plgpu.barrier_arrive(free.at[stage])
         return summed, highest, total

@@ -35,7 +35,6 @@ from qwen35_jax.ops.gated_delta.gpu_chunks import (
     per_row,
     two_parts,
 )
-from qwen35_jax.ops.hopper import matrices
 from qwen35_jax.ops.hopper.matrices import products, turned
 
 STAGES = 2  # chunks in shared memory at once
@@ -177,7 +176,7 @@ def forward_kernel(chunks: int, group: int, q_ref, k_ref, v_ref, squares_ref, sc
                 _send(update, out_smem.at[part], saved[1].at[b, m, n, rows])
 
         sums = [(written, chunk.k)], [(update, turned(chunk.square(MIXING)))]
-        gained, out = matrices.add_products([None, out], *sums, meanwhile=send_update)
+        gained, out = products(*sums, totals=[None, out], meanwhile=send_update)
         _send_turned(out.astype(bf16), out_smem.at[part], out_ref.at[b, pl.ds(m * CHUNK, CHUNK), n, rows])
         return chunk.across() * state + gained
 

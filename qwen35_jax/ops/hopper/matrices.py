@@ -8,23 +8,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def products(*sums, meanwhile=lambda: None) -> list[jax.Array]:
+def products(*sums, totals=None, meanwhile=lambda: None) -> list[jax.Array]:
     """For each sum, a sequence of pairs, the sum of x @ y over its pairs, in float32; all are begun, then `meanwhile` is called,
     before one is awaited: the arrays that it returns, if any, follow the sums.
 
-    x lies in registers or shared memory, y in shared memory.
+    x lies in registers or shared memory, y in shared memory. totals: for each sum what it begins with, float32, or None.
     """
-    return _multiply([None] * len(sums), sums, meanwhile)
 
-
-def add_products(totals, *sums, meanwhile=lambda: None) -> list[jax.Array]:
-    """As `products`; a sum is added to its total, float32 or None, in the registers of the total."""
-    return _multiply(totals, sums, meanwhile)
-
-
-def _multiply(totals, sums, meanwhile) -> list[jax.Array]:
     def multiply(*accumulators):
-        for acc, total in zip(accumulators, totals, strict=True):
+        for acc, total in zip(accumulators, totals or [None] * len(sums), strict=True):
             if total is not None:
                 acc[...] = total
         for acc, pairs in zip(accumulators, sums, strict=True):
